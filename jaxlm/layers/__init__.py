@@ -1,0 +1,1 @@
+"""Layers: frozen values that declare their parameters and apply them."""

@@ -1,0 +1,1 @@
+"""Meshes and rule tables: how names become places."""

@@ -1,0 +1,74 @@
+"""The mesh: all devices as a grid with named axes. One device is a mesh too."""
+
+import math
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from jaxlm.errors import UserError
+from jaxlm.parallel.rules import MESH_AXES, Rules
+
+
+def parse_sizes(text: str) -> dict[str, int]:
+  """`'fsdp:4,tensor:2'` as sizes by axis; an empty text as no sizes.
+
+  Raises:
+    UserError: for a malformed entry or an unknown axis.
+  """
+  sizes = {}
+  for part in filter(None, (p.strip() for p in text.split(","))):
+    name, _, size = part.partition(":")
+    if name not in MESH_AXES:
+      raise UserError(
+        f"parallel.mesh names the axis {name!r}; known: {', '.join(MESH_AXES)}"
+      )
+    try:
+      sizes[name] = int(size)
+    except ValueError:
+      raise UserError(
+        f"parallel.mesh entry {part!r} should read like '{name}:4' or "
+        f"'{name}:-1' for all devices that are left"
+      ) from None
+  return sizes
+
+
+def make_mesh(
+  rules: Rules, sizes: str = "", devices: list[jax.Device] | None = None
+) -> Mesh:
+  """A mesh over `devices` (default: all) with the axes data, fsdp, tensor.
+
+  Args:
+    rules: gives the default size of each axis.
+    sizes: overrides them, as in `'fsdp:4,tensor:2'`; -1 fills in.
+    devices: what to arrange.
+
+  Raises:
+    UserError: if the sizes do not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  wanted = dict.fromkeys(MESH_AXES, 1)
+  wanted.update(parse_sizes(sizes) or dict(rules.mesh))
+  fixed = math.prod(n for n in wanted.values() if n > 0)
+  free = [name for name, n in wanted.items() if n == -1]
+  if any(n == 0 or n < -1 for n in wanted.values()) or len(free) > 1:
+    raise UserError(
+      f"parallel.mesh {wanted}: sizes are positive, and one may be -1"
+    )
+  if free and len(devices) % fixed == 0:
+    wanted[free[0]] = len(devices) // fixed
+  elif free and len(devices) < fixed and not sizes:
+    # A preset's default group is wider than this machine: shrink it to fit.
+    wanted = dict.fromkeys(MESH_AXES, 1) | {free[0]: len(devices)}
+  if math.prod(wanted.values()) != len(devices):
+    shape = " x ".join(f"{k}:{v}" for k, v in wanted.items())
+    raise UserError(
+      f"a mesh of {shape} needs {math.prod(wanted.values())} devices and "
+      f"there are {len(devices)}; set parallel.mesh to sizes that multiply "
+      f"to {len(devices)}, or to -1 to fill in"
+    )
+  return jax.make_mesh(
+    tuple(wanted.values()),
+    MESH_AXES,
+    axis_types=(AxisType.Explicit,) * len(MESH_AXES),
+    devices=devices,
+  )
