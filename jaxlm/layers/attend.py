@@ -1,0 +1,239 @@
+"""`attend`: softmax(q k' / sqrt(d)) v under a mask, in several forms.
+
+One signature. `attend_reference` is the definition, written to be read;
+`attend_blocks` gives the same numbers faster on a CPU by skipping what the
+mask excludes. Under a mesh of several devices either runs on each device's own
+batch and heads, so neither knows about sharding.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.sharding import PartitionSpec
+
+from jaxlm.layers.compute import Compute, active_mesh
+from jaxlm.layers.mask import Mask, PrefixLM
+from jaxlm.layers.position import Alibi
+
+Array = jax.Array
+
+
+@struct.dataclass
+class At:
+  """Where tokens stand. Every field may be None: the usual case is implied.
+
+  Attributes:
+    positions: int32 [batch, seq]; None means 0, 1, 2, ... in every row. As
+      the position of a cached key, negative means an empty slot.
+    segments: int32 [batch, seq], the document of each token in a packed row;
+      tokens see only their own document. None means one document a row.
+    blocks: int32 [batch, seq], tokens with the same non-negative id see each
+      other both ways (images, prefixes) under `PrefixLM`.
+    key: randomness for dropout; None means none (evaluation).
+  """
+
+  positions: Array | None = None
+  segments: Array | None = None
+  blocks: Array | None = None
+  key: Array | None = None
+
+  @property
+  def aligned(self) -> bool:
+    """True if rows are plain sequences, known when the program is traced."""
+    return self.positions is None and self.segments is None
+
+
+def visible(mask: Mask, at: At, keys: At, t: int, s: int) -> Array:
+  """Which key each query sees: bool [batch or 1, t, s]."""
+  q = jnp.arange(t)[None] if at.positions is None else at.positions
+  k = jnp.arange(s)[None] if keys.positions is None else keys.positions
+  see = mask.allows(q[:, :, None], k[:, None, :])
+  if isinstance(mask, PrefixLM) and at.blocks is not None:
+    same = at.blocks[:, :, None] == keys.blocks[:, None, :]
+    see = see | (same & (at.blocks >= 0)[:, :, None])
+  if at.segments is not None and keys.segments is not None:
+    see = see & (at.segments[:, :, None] == keys.segments[:, None, :])
+  if keys.positions is not None:
+    see = see & (k >= 0)[:, None, :]
+  return see
+
+
+def attend_reference(
+  q: Array,
+  k: Array,
+  v: Array,
+  mask: Mask,
+  at: At,
+  keys: At,
+  *,
+  scale: float,
+  softcap: float | None = None,
+  sinks: Array | None = None,
+  slopes: Array | None = None,
+) -> Array:
+  """The definition; see `attend` for the arguments."""
+  b, t, n, h = q.shape
+  s, groups = k.shape[1], k.shape[2]
+  see = visible(mask, at, keys, t, s)[:, None, None]
+  q = q.reshape(b, t, groups, n // groups, h)
+  scores = jnp.einsum(
+    "btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32
+  )
+  scores = scores * scale
+  if softcap is not None:
+    scores = softcap * jnp.tanh(scores / softcap)
+  if slopes is not None:
+    i = jnp.arange(t)[None] if at.positions is None else at.positions
+    j = jnp.arange(s)[None] if keys.positions is None else keys.positions
+    away = (j[:, None, :] - i[:, :, None]).astype(jnp.float32)[:, None, None]
+    scores = scores + slopes.reshape(1, groups, n // groups, 1, 1) * away
+  probs = masked_softmax(
+    scores, see, None if sinks is None else sinks.reshape(1, groups, -1, 1, 1)
+  )
+  out = jnp.einsum(
+    "bkgts,bskh->btkgh",
+    probs.astype(v.dtype),
+    v,
+    preferred_element_type=jnp.float32,
+  )
+  return out.astype(v.dtype).reshape(b, t, n, v.shape[-1])
+
+
+def masked_softmax(scores: Array, see: Array, sinks: Array | None) -> Array:
+  """Softmax over the last axis of float32 scores where `see`; else zero.
+
+  A row that sees nothing is all zeros, never NaN. `sinks` (learned, one per
+  head) join the denominator without joining the sum of values (gpt-oss).
+  """
+  low = jnp.finfo(scores.dtype).min
+  scores = jnp.where(see, scores, low)
+  top = jnp.max(scores, axis=-1, keepdims=True)
+  if sinks is not None:
+    top = jnp.maximum(top, sinks)
+  top = jax.lax.stop_gradient(top)
+  weights = jnp.where(see, jnp.exp(scores - top), 0.0)
+  total = jnp.sum(weights, axis=-1, keepdims=True)
+  if sinks is not None:
+    total = total + jnp.exp(sinks - top)
+  return weights / jnp.where(total == 0.0, 1.0, total)
+
+
+def attend_blocks(
+  q: Array,
+  k: Array,
+  v: Array,
+  mask: Mask,
+  at: At,
+  keys: At,
+  *,
+  block: int = 64,
+  **options: float | Array | None,
+) -> Array:
+  """The reference, one block of queries at a time, on the keys it can see.
+
+  For aligned rows the first and last key of each block follow from the mask
+  when the program is traced, so half of a causal square is never computed and
+  a window costs O(seq * window). Where positions come with the data, all keys
+  are used, which is the reference itself.
+  """
+  t = q.shape[1]
+  if not (at.aligned and keys.aligned) or not mask.causal or t <= block:
+    return attend_reference(q, k, v, mask, at, keys, **options)
+  outs = []
+  for lo in range(0, t, block):
+    hi = min(lo + block, t)
+    start = 0 if mask.reach is None else max(0, lo - mask.reach + 1)
+    part = At(positions=jnp.arange(lo, hi)[None])
+    seen = At(positions=jnp.arange(start, hi)[None])
+    outs.append(
+      attend_reference(
+        q[:, lo:hi],
+        k[:, start:hi],
+        v[:, start:hi],
+        mask,
+        part,
+        seen,
+        **options,
+      )
+    )
+  return jnp.concatenate(outs, axis=1)
+
+
+FORMS = {"reference": attend_reference, "blocks": attend_blocks}
+
+
+def attend(
+  q: Array,
+  k: Array,
+  v: Array,
+  mask: Mask,
+  at: At | None = None,
+  keys: At | None = None,
+  *,
+  scale: float | None = None,
+  softcap: float | None = None,
+  sinks: Array | None = None,
+  alibi: Alibi | None = None,
+  compute: Compute,
+) -> Array:
+  """Attention of queries to keys, softmax in float32.
+
+  Args:
+    q: queries `[batch, seq, heads, head_dim]`.
+    k: keys `[batch, keys, kv_heads, head_dim]`; heads are shared in groups
+      where `kv_heads < heads` (GQA, arXiv:2305.13245).
+    v: values `[batch, keys, kv_heads, value_dim]`.
+    mask: who sees whom.
+    at: where the queries stand.
+    keys: where the keys stand; None means as the queries.
+    scale: of the products; None means `head_dim ** -0.5`.
+    softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2).
+    sinks: learned logits `[heads]` that only join the denominator (gpt-oss).
+    alibi: linear biases, or None.
+    compute: chooses the implementation, and places the work on a mesh.
+
+  Returns:
+    `[batch, seq, heads, value_dim]` in the dtype of `v`.
+  """
+  at = At() if at is None else at
+  keys = at if keys is None else keys
+  name = "blocks" if compute.attention == "auto" else compute.attention
+  form = functools.partial(
+    FORMS[name],
+    scale=q.shape[-1] ** -0.5 if scale is None else scale,
+    softcap=softcap,
+  )
+  slopes = None if alibi is None else alibi.slopes(q.shape[2])
+  at, keys = at.replace(key=None), keys.replace(key=None)
+  if active_mesh() is None or compute.rules is None:
+    return form(q, k, v, mask, at, keys, sinks=sinks, slopes=slopes)
+  return _attend_sharded(form, q, k, v, mask, at, keys, sinks, slopes, compute)
+
+
+def _attend_sharded(
+  form, q, k, v, mask, at, keys, sinks, slopes, compute
+) -> Array:
+  """Runs `form` on each device's batch and heads; no communication."""
+  heads = compute.spec(("batch", None, "heads", None), q.shape)
+  kv = compute.spec(("batch", None, "kv_heads", None), k.shape)
+  if kv[2] != heads[2]:  # fewer kv heads than devices: repeat them first
+    k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+    kv = heads
+  by_row = PartitionSpec(heads[0], None)
+  by_head = PartitionSpec(heads[2])
+  rows = jax.tree.map(
+    lambda x: by_row if x.shape[0] == q.shape[0] else PartitionSpec(),
+    (at, keys),
+  )
+
+  def local(q, k, v, at, keys, sinks, slopes):
+    return form(q, k, v, mask, at, keys, sinks=sinks, slopes=slopes)
+
+  return jax.shard_map(
+    local,
+    in_specs=(heads, kv, kv, *rows, by_head, by_head),
+    out_specs=heads,
+    check_vma=False,
+  )(q, k, v, at, keys, sinks, slopes)

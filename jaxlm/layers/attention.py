@@ -1,0 +1,214 @@
+"""Multi-head, grouped-query and multi-query attention as one frozen value."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.layers import cache as kv
+from jaxlm.layers.attend import At, attend
+from jaxlm.layers.compute import DEFAULT, Compute
+from jaxlm.layers.linear import dot
+from jaxlm.layers.mask import Causal, Mask
+from jaxlm.layers.norm import Norm
+from jaxlm.layers.param import ZEROS, FanIn, Init, Param
+from jaxlm.layers.position import Alibi, Rope
+
+Array = jax.Array
+
+
+@dataclass(frozen=True)
+class Attention:
+  """softmax(Q K' / sqrt(d)) V with projections (arXiv:1706.03762, 3.2).
+
+  Attributes:
+    dim: width of the residual stream.
+    heads: number of query heads.
+    kv_heads: number of key and value heads; fewer than `heads` is GQA, one is
+      MQA; None means as many as queries.
+    head_dim: width of a head; None means `dim / heads`.
+    mask: who sees whom.
+    position: `Rope`, `Alibi`, or None (positions live elsewhere, or nowhere).
+    qk_norm: normalises each head's queries and keys before the rotation
+      (Qwen 3, arXiv:2302.05442), after it where `norm_after_rope`.
+    bias: biases on q, k and v; `out_bias` on the output.
+    scale: of the products; None means `head_dim ** -0.5`.
+    softcap: bounds the scores (Gemma 2).
+    init, out_init: initializers of the input and output projections.
+  """
+
+  dim: int
+  heads: int
+  kv_heads: int | None = None
+  head_dim: int | None = None
+  mask: Mask = Causal()
+  position: Rope | Alibi | None = None
+  qk_norm: Norm | None = None
+  norm_after_rope: bool = False
+  bias: bool = False
+  out_bias: bool = False
+  scale: float | None = None
+  softcap: float | None = None
+  init: Init = FanIn()
+  out_init: Init = FanIn()
+
+  @property
+  def width(self) -> int:
+    """Features per head."""
+    return self.head_dim or self.dim // self.heads
+
+  @property
+  def groups(self) -> int:
+    """Number of key and value heads."""
+    return self.kv_heads or self.heads
+
+  def params(self) -> dict[str, Any]:
+    """`q` [dim, heads, head_dim], `k`, `v` alike, `o` [heads, head_dim, dim]."""
+    tree: dict[str, Any] = {}
+    for name, n, axis in (
+      ("q", self.heads, "heads"),
+      ("k", self.groups, "kv_heads"),
+      ("v", self.groups, "kv_heads"),
+    ):
+      shape = (n, self.width)
+      tree[name] = Param(
+        (self.dim, *shape), ("embed", axis, "head_dim"), 1, self.init
+      )
+      if self.bias:
+        tree[name + "_bias"] = Param(shape, (axis, "head_dim"), 0, ZEROS)
+    tree["o"] = Param(
+      (self.heads, self.width, self.dim),
+      ("heads", "head_dim", "embed"),
+      2,
+      self.out_init,
+    )
+    if self.out_bias:
+      tree["o_bias"] = Param((self.dim,), ("embed",), 0, ZEROS)
+    if self.qk_norm is not None:
+      tree["q_norm"] = self.qk_norm.params()
+      tree["k_norm"] = self.qk_norm.params()
+    return tree
+
+  def cache(self, batch: int, length: int) -> dict[str, Param]:
+    """Keys and values of `length` positions, or of the mask's reach."""
+    if self.mask.reach is not None:
+      length = min(length, self.mask.reach)
+    return kv.kv_cache(batch, length, self.groups, self.width, self.width)
+
+  def flops(self, seq: int) -> int:
+    """Operations of one token's score and value products at context `seq`.
+
+    The mean over a causal row: a query sees half of the context, or its reach.
+    """
+    seen = (seq + 1) / 2 if self.mask.causal else seq
+    seen = min(seen, self.mask.reach or seen)
+    return int(2 * 2 * self.heads * self.width * seen)
+
+  def __call__(
+    self,
+    p: dict[str, Any],
+    x: Array,
+    at: At | None = None,
+    cache: dict[str, Array] | None = None,
+    compute: Compute = DEFAULT,
+  ) -> tuple[Array, dict[str, Array] | None]:
+    """Attends within `x`, and to what `cache` holds.
+
+    Args:
+      p: parameters, already in the compute dtype.
+      x: `[batch, seq, dim]`.
+      at: where the tokens stand; required fields are implied when None.
+      cache: from `empty(self.cache(...))`, or None outside generation.
+      compute: how to run.
+
+    Returns:
+      `[batch, seq, dim]`, and the cache with these tokens added.
+    """
+    at = At() if at is None else at
+    q, k, v = self._project(p, x, at)
+    if cache is None:
+      y = self._attend(p, q, k, v, at, at, compute)
+    else:
+      y, cache = self._attend_cached(p, q, k, v, at, cache, compute)
+    out = dot(
+      y,
+      p["o"],
+      "btnh,nhd->btd",
+      compute.spec(("batch", "seq", "embed"), x.shape),
+    )
+    if self.out_bias:
+      out = out + p["o_bias"].astype(out.dtype)[None, None]
+    return out, cache
+
+  def _project(
+    self, p: dict[str, Any], x: Array, at: At
+  ) -> tuple[Array, Array, Array]:
+    """Queries, keys and values, normalised and turned."""
+    q, k, v = (dot(x, p[name], "btd,dnh->btnh") for name in "qkv")
+    if self.bias:
+      q, k, v = (
+        y + p[name + "_bias"].astype(y.dtype)[None, None]
+        for name, y in zip("qkv", (q, k, v), strict=True)
+      )
+
+    def norm(q: Array, k: Array) -> tuple[Array, Array]:
+      if self.qk_norm is None:
+        return q, k
+      return self.qk_norm(p["q_norm"], q), self.qk_norm(p["k_norm"], k)
+
+    if not self.norm_after_rope:
+      q, k = norm(q, k)
+    if isinstance(self.position, Rope):
+      where = jnp.arange(x.shape[1]) if at.positions is None else at.positions
+      q, k = self.position(q, where), self.position(k, where)
+    if self.norm_after_rope:
+      q, k = norm(q, k)
+    return q, k, v
+
+  def _attend(self, p, q, k, v, at: At, keys: At, compute: Compute) -> Array:
+    """`attend` with this layer's options."""
+    del p
+    return attend(
+      q,
+      k,
+      v,
+      self.mask,
+      at,
+      keys,
+      scale=self.scale,
+      softcap=self.softcap,
+      alibi=self.position if isinstance(self.position, Alibi) else None,
+      compute=compute,
+    )
+
+  def _attend_cached(self, p, q, k, v, at: At, cache, compute: Compute):
+    """Attends to the cache and the new tokens; returns output and cache.
+
+    A cache that holds all a chunk can see is written first and read once. A
+    ring shorter than that would lose keys its own chunk still needs, so the
+    chunk is read beside the old ring, and then written.
+    """
+    b, t = q.shape[:2]
+    where = at.positions
+    if where is None:
+      where = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
+      at = at.replace(positions=where)
+    reach, length = self.mask.reach, cache["k"].shape[1]
+    new = kv.write(cache, k, v, where)
+    if t == 1 or (reach is None and t <= length):
+      k, v, positions = new["k"], new["v"], new["positions"]
+    else:
+      k = jnp.concatenate([cache["k"].astype(k.dtype), k], axis=1)
+      v = jnp.concatenate([cache["v"].astype(v.dtype), v], axis=1)
+      positions = jnp.concatenate([cache["positions"], where], axis=1)
+    y = self._attend(
+      p,
+      q,
+      k.astype(q.dtype),
+      v.astype(q.dtype),
+      at,
+      At(positions=positions),
+      compute,
+    )
+    return y, new

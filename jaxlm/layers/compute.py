@@ -1,0 +1,60 @@
+"""How a model is run, as one value: precision, remat, unrolling, placement.
+
+A model value says what is computed; `Compute` says how. Any two give the same
+numbers up to rounding, and tests hold them to it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from jaxlm.parallel.rules import Rules
+
+
+def active_mesh() -> jax.sharding.AbstractMesh | None:
+  """The mesh in force, or None where there is none or it has one device."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return None if mesh.empty or mesh.size == 1 else mesh
+
+
+@dataclass(frozen=True)
+class Compute:
+  """How to run a model.
+
+  Attributes:
+    dtype: of activations and of matmul operands ('float32', 'bfloat16',
+      'float16'); sums are float32 always.
+    remat: what the backward pass recomputes: 'none' keeps all activations,
+      'dots' keeps the results of matmuls, 'full' keeps each block's input.
+    unroll: True writes every layer out (faster for small models on a CPU),
+      False scans over the layers (compile time does not grow with depth).
+    attention: which implementation of `attend` ('auto', 'reference',
+      'blocks').
+    rules: the sharding rule table, None on one device.
+  """
+
+  dtype: str = "float32"
+  remat: str = "none"
+  unroll: bool = False
+  attention: str = "auto"
+  rules: Rules | None = None
+
+  @property
+  def jnp_dtype(self) -> jnp.dtype:
+    """The compute dtype as an object."""
+    return jnp.dtype(self.dtype)
+
+  def spec(
+    self, axes: Sequence[str | None], shape: Sequence[int]
+  ) -> PartitionSpec | None:
+    """Where an activation of these logical axes lies; None if nowhere special."""
+    mesh = active_mesh()
+    if mesh is None or self.rules is None:
+      return None
+    return self.rules.activation_spec(axes, shape, mesh)
+
+
+DEFAULT = Compute()

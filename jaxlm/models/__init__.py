@@ -1,0 +1,1 @@
+"""Models: decoders as data, and the families that fill them in."""

@@ -1,0 +1,399 @@
+"""The decoder: every language model here is one value of this type.
+
+A `Decoder` is data. Its `layers` are segments, each a pattern of blocks tiled
+some number of times: GPT-2 is `(((block,), 12),)`, five local layers and a
+global one repeated are `(((local,) * 5 + (full,), 8),)`. Whatever varies is a
+value in a slot of a block, and `forward` has no flags for it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.errors import UserError
+from jaxlm.layers.attend import At
+from jaxlm.layers.attention import Attention
+from jaxlm.layers.compute import DEFAULT, Compute, active_mesh
+from jaxlm.layers.dropout import dropout
+from jaxlm.layers.linear import dot
+from jaxlm.layers.mlp import FFN
+from jaxlm.layers.norm import Norm
+from jaxlm.layers.param import (
+  FanIn,
+  Init,
+  Normal,
+  Param,
+  count,
+  flops,
+  gather,
+  stack,
+)
+from jaxlm.layers.position import Learned, Sinusoidal
+
+Array = jax.Array
+Tree = Any
+Mixer = Attention
+
+
+@dataclass(frozen=True)
+class Block:
+  """One residual layer: x += mixer(norm(x)), then x += ffn(norm(x)).
+
+  Attributes:
+    mixer: moves information between positions.
+    ffn: works on each position alone.
+    norm: before each of the two.
+    post_norm: after each of the two, before the sum (sandwich norm).
+    parallel: both read the same norm and are added together (GPT-NeoX).
+    dropout: rate on each branch before the sum.
+  """
+
+  mixer: Mixer
+  ffn: FFN
+  norm: Norm
+  post_norm: Norm | None = None
+  parallel: bool = False
+  dropout: float = 0.0
+
+  def params(self) -> dict[str, Any]:
+    """`mixer`, `ffn`, and the norms before and after them."""
+    tree = {
+      "mixer": self.mixer.params(),
+      "ffn": self.ffn.params(),
+      "mixer_norm": self.norm.params(),
+      "ffn_norm": self.norm.params(),
+    }
+    if self.post_norm is not None:
+      tree["mixer_post_norm"] = self.post_norm.params()
+      tree["ffn_post_norm"] = self.post_norm.params()
+    return tree
+
+  def cache(self, batch: int, length: int) -> dict[str, Param]:
+    """What the mixer remembers."""
+    return self.mixer.cache(batch, length)
+
+  def __call__(
+    self,
+    p: dict[str, Any],
+    x: Array,
+    at: At,
+    cache: dict[str, Array] | None,
+    compute: Compute,
+  ) -> tuple[Array, dict[str, Array] | None]:
+    """Maps `x` [batch, seq, dim] to the same shape; threads the cache."""
+    h = self.norm(p["mixer_norm"], x)
+    y, cache = self.mixer(p["mixer"], h, at, cache, compute)
+    mixed = x + self._branch(p, "mixer", y, at, 0)
+    if self.parallel:
+      h = self.norm(p["ffn_norm"], x)
+    else:
+      h = self.norm(p["ffn_norm"], mixed)
+    y = self.ffn(p["ffn"], h, compute)
+    return mixed + self._branch(p, "ffn", y, at, 1), cache
+
+  def _branch(self, p, name: str, y: Array, at: At, site: int) -> Array:
+    """What is added to the residual stream: post-norm, then dropout."""
+    if self.post_norm is not None:
+      y = self.post_norm(p[name + "_post_norm"], y)
+    if at.key is None or self.dropout == 0.0:
+      return y
+    return dropout(y, self.dropout, jax.random.fold_in(at.key, site))
+
+
+Segment = tuple[tuple[Block, ...], int]
+
+
+@dataclass(frozen=True)
+class Decoder:
+  """A causal language model.
+
+  Attributes:
+    vocab: number of tokens.
+    dim: width of the residual stream.
+    layers: segments `((block, ...), repeats)`; see the module's docstring.
+    norm: before the head.
+    max_positions: the longest sequence it is meant for.
+    tied: the head is the transposed embedding.
+    positions: what is added to the embeddings, or None.
+    embed_norm: applied to the embeddings (Bloom), or None.
+    embed_scale: multiplies the embeddings (Gemma: sqrt(dim)).
+    softcap: logits become `softcap * tanh(logits / softcap)`.
+    dropout: rate on the embeddings.
+    embed_init, head_init: initializers of the two tables.
+  """
+
+  vocab: int
+  dim: int
+  layers: tuple[Segment, ...]
+  norm: Norm
+  max_positions: int
+  tied: bool = False
+  positions: Learned | Sinusoidal | None = None
+  embed_norm: Norm | None = None
+  embed_scale: float = 1.0
+  softcap: float | None = None
+  dropout: float = 0.0
+  embed_init: Init = Normal(0.02)
+  head_init: Init = FanIn()
+
+  @property
+  def depth(self) -> int:
+    """Number of blocks."""
+    return sum(len(pattern) * n for pattern, n in self.layers)
+
+  @property
+  def blocks(self) -> tuple[Block, ...]:
+    """All blocks in order, repeats written out."""
+    return tuple(b for pattern, n in self.layers for b in pattern * n)
+
+  def params(self) -> dict[str, Any]:
+    """`embed`, `layers/<segment>/<place in pattern>`, `norm`, `head`."""
+    table = Param(
+      (self.vocab, self.dim), ("vocab", "embed"), 1, self.embed_init
+    )
+    tree: dict[str, Any] = {"embed": {"tokens": table}}
+    if self.positions is not None:
+      tree["embed"]["positions"] = self.positions.params(self.dim)
+    if self.embed_norm is not None:
+      tree["embed"]["norm"] = self.embed_norm.params()
+    tree["layers"] = {
+      str(i): {str(j): stack(b.params(), n) for j, b in enumerate(pattern)}
+      for i, (pattern, n) in enumerate(self.layers)
+    }
+    tree["norm"] = self.norm.params()
+    if not self.tied:
+      tree["head"] = Param(
+        (self.dim, self.vocab), ("embed", "vocab"), 1, self.head_init
+      )
+    return tree
+
+  def cache(self, batch: int, length: int) -> dict[str, Any]:
+    """Declares what all layers remember of `length` positions."""
+    return {
+      str(i): {
+        str(j): stack(b.cache(batch, length), n) for j, b in enumerate(pattern)
+      }
+      for i, (pattern, n) in enumerate(self.layers)
+    }
+
+  def n_params(self) -> int:
+    """Number of parameters, a tied head counted once."""
+    return count(self.params())
+
+  def flops_per_token(self, seq: int) -> int:
+    """Forward operations per token at context `seq`; training costs 3 times.
+
+    The matmuls of every layer and of the head, and attention's products at
+    the mean number of keys a query sees.
+    """
+    mixing = sum(b.mixer.flops(seq) for b in self.blocks)
+    return flops(self.params()) + 2 * self.dim * self.vocab + mixing
+
+  def __call__(self, params: Tree, tokens: Array, **kwargs: Any) -> Any:
+    """`forward(self, params, tokens, ...)`."""
+    return forward(self, params, tokens, **kwargs)
+
+
+# --- The forward pass -------------------------------------------------------
+
+
+def forward(
+  model: Decoder,
+  params: Tree,
+  tokens: Array,
+  at: At | None = None,
+  cache: Tree | None = None,
+  compute: Compute = DEFAULT,
+) -> Any:
+  """Logits of the next token at every position.
+
+  Args:
+    model: what to compute.
+    params: its arrays, as `init(model.params(), key)` makes them.
+    tokens: integers `[batch, seq]`, or embeddings `[batch, seq, dim]`.
+    at: positions, segments, blocks, dropout key; None means plain rows.
+    cache: from `empty(model.cache(batch, length))` while generating.
+    compute: how to run.
+
+  Returns:
+    Logits `[batch, seq, vocab]` in float32; with a cache, `(logits, cache)`.
+
+  Raises:
+    UserError: if a token is outside the vocabulary or a row too long (checked
+      where the values are known, that is outside jit).
+  """
+  x, new_cache = hidden(model, params, tokens, at, cache, compute)
+  y = logits(model, params, x, compute)
+  return y if cache is None else (y, new_cache)
+
+
+def hidden(
+  model: Decoder,
+  params: Tree,
+  tokens: Array,
+  at: At | None = None,
+  cache: Tree | None = None,
+  compute: Compute = DEFAULT,
+) -> tuple[Array, Tree | None]:
+  """The residual stream after the last norm, `[batch, seq, dim]`; the cache."""
+  at = At() if at is None else at
+  x = embed(model, params, tokens, at, compute)
+  new_cache = {}
+  for i, (pattern, n) in enumerate(model.layers):
+    name, first = str(i), sum(len(p) * m for p, m in model.layers[:i])
+    here = None if cache is None else cache[name]
+    x, new_cache[name] = _segment(
+      pattern, n, params["layers"][name], x, at, here, compute, first
+    )
+  x = model.norm(params["norm"], x)
+  return x, None if cache is None else new_cache
+
+
+def embed(
+  model: Decoder, params: Tree, tokens: Array, at: At, compute: Compute
+) -> Array:
+  """Token and position embeddings `[batch, seq, dim]` in the compute dtype."""
+  dtype = compute.jnp_dtype
+  if tokens.ndim == 3:
+    x = tokens.astype(dtype)
+  else:
+    _check(model, tokens)
+    table = {"tokens": model.params()["embed"]["tokens"]}
+    table = gather(
+      {"tokens": params["embed"]["tokens"]}, table, compute.rules, dtype
+    )
+    shape = (*tokens.shape, model.dim)
+    spec = compute.spec(("batch", "seq", "embed"), shape)
+    x = table["tokens"].at[tokens].get(mode="clip", out_sharding=spec)
+  if model.embed_scale != 1.0:
+    x = x * jnp.asarray(model.embed_scale, dtype)
+  if model.positions is not None:
+    where = jnp.arange(x.shape[1])[None]
+    where = where if at.positions is None else at.positions
+    p = params["embed"]["positions"]
+    x = x + model.positions(p, where, model.dim).astype(dtype)
+  if model.embed_norm is not None:
+    x = model.embed_norm(params["embed"]["norm"], x)
+  if at.key is not None and model.dropout:
+    x = dropout(x, model.dropout, jax.random.fold_in(at.key, 2**16))
+  return x
+
+
+def head(model: Decoder, params: Tree, compute: Compute) -> Array:
+  """The matrix `[dim, vocab]` that makes logits, in the compute dtype."""
+  tree = model.params()
+  name = "embed" if model.tied else "head"
+  leaf = {"w": tree["embed"]["tokens"] if model.tied else tree[name]}
+  w = {"w": params["embed"]["tokens"] if model.tied else params[name]}
+  w = gather(w, leaf, compute.rules, compute.jnp_dtype)["w"]
+  return w.T if model.tied else w
+
+
+def logits(model: Decoder, params: Tree, x: Array, compute: Compute) -> Array:
+  """Logits `[batch, seq, vocab]`, float32, of hidden states `[.., dim]`."""
+  y = dot(x, head(model, params, compute), "btd,dv->btv").astype(jnp.float32)
+  return y if model.softcap is None else soft_cap(y, model.softcap)
+
+
+def soft_cap(y: Array, cap: float) -> Array:
+  """`cap * tanh(y / cap)`: the identity near zero, bounded by the cap."""
+  return cap * jnp.tanh(y / cap)
+
+
+def _segment(
+  pattern: tuple[Block, ...],
+  n: int,
+  params: Tree,
+  x: Array,
+  at: At,
+  cache: Tree | None,
+  compute: Compute,
+  first: int,
+) -> tuple[Array, Tree | None]:
+  """A pattern of blocks `n` times over, scanned or written out."""
+  tree = {str(j): b.params() for j, b in enumerate(pattern)}
+  numbers = first + len(pattern) * jnp.arange(n, dtype=jnp.int32)
+
+  def body(x: Array, layer: tuple) -> tuple[Array, Tree]:
+    p, c, number = layer
+    p = gather(p, tree, compute.rules, compute.jnp_dtype)
+    new = {}
+    for j, block in enumerate(pattern):
+      here = at
+      if at.key is not None:
+        here = at.replace(key=jax.random.fold_in(at.key, number + j))
+      name = str(j)
+      x, new[name] = block(
+        p[name], x, here, None if c is None else c[name], compute
+      )
+    return x, new if cache is not None else None
+
+  body = _remat(body, compute)
+  if not compute.unroll:
+    return jax.lax.scan(body, x, (params, cache, numbers))
+  new = []
+  layers = zip(unstack(params, n), unstack(cache, n), range(n), strict=True)
+  for p, c, i in layers:
+    x, c = body(x, (p, c, numbers[i]))
+    new.append(c)
+  if cache is None:
+    return x, None
+  return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *new)
+
+
+def unstack(tree: Tree, n: int) -> list[Tree]:
+  """The `n` layers of a stacked tree; gradients come back by concatenation."""
+  if tree is None:
+    return [None] * n
+  leaves, structure = jax.tree.flatten(tree)
+  parts = [jax.lax.split(leaf, (1,) * n, axis=0) for leaf in leaves]
+  return [
+    structure.unflatten([part[i].squeeze(0) for part in parts])
+    for i in range(n)
+  ]
+
+
+_POLICIES = {
+  "dots": "dots_saveable",
+  "dots_no_batch": "dots_with_no_batch_dims_saveable",
+  "full": "nothing_saveable",
+}
+
+
+def _remat(body: Any, compute: Compute) -> Any:
+  """What of a layer is recomputed in the backward pass."""
+  if compute.remat == "none":
+    return body
+  if compute.remat not in _POLICIES:
+    raise UserError(
+      f"unknown remat {compute.remat!r}; known: none, {', '.join(_POLICIES)}"
+    )
+  policy = getattr(jax.checkpoint_policies, _POLICIES[compute.remat])
+  return jax.checkpoint(body, policy=policy, prevent_cse=compute.unroll)
+
+
+def _check(model: Decoder, tokens: Array) -> None:
+  """Rejects tokens outside the vocabulary and rows beyond the position table.
+
+  Values can only be read outside jit; inside, an out-of-range token is
+  clipped, and the data pipeline has checked it before.
+  """
+  if isinstance(model.positions, Learned):
+    if tokens.shape[1] > model.positions.length:
+      raise UserError(
+        f"a row of {tokens.shape[1]} tokens is longer than the "
+        f"{model.positions.length} positions this model has learned"
+      )
+  if isinstance(tokens, jax.core.Tracer) or active_mesh() is not None:
+    return
+  if tokens.size == 0:
+    raise UserError("no tokens: a row needs at least one")
+  low, high = int(tokens.min()), int(tokens.max())
+  if low < 0 or high >= model.vocab:
+    wrong = low if low < 0 else high
+    raise UserError(
+      f"token {wrong} is outside the vocabulary of {model.vocab} tokens; "
+      f"encode the text with the tokenizer this model was trained with"
+    )

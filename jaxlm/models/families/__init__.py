@@ -1,0 +1,1 @@
+"""Families: one file each, functions that return decoders."""

@@ -1,0 +1,67 @@
+"""GPT-2 (Radford et al. 2019): learned positions, LayerNorm, GELU, biases.
+
+Sizes are those of the published checkpoints (openai/gpt-2, `hparams.json`);
+the initialization is the paper's, section 2.3: normal(0.02), with residual
+projections scaled by 1 / sqrt(2 * layers).
+"""
+
+import math
+
+from jaxlm.layers.attention import Attention
+from jaxlm.layers.mlp import MLP, gelu_tanh
+from jaxlm.layers.norm import LayerNorm
+from jaxlm.layers.param import Normal
+from jaxlm.layers.position import Learned
+from jaxlm.models.decoder import Block, Decoder
+
+
+def decoder(
+  vocab: int = 50257,
+  dim: int = 768,
+  layers: int = 12,
+  heads: int = 12,
+  max_positions: int = 1024,
+  bias: bool = True,
+  dropout: float = 0.0,
+) -> Decoder:
+  """GPT-2 at any size; the defaults are the 124M model."""
+  out_init = Normal(0.02 / math.sqrt(2 * layers))
+  norm = LayerNorm(dim, bias=bias)
+  block = Block(
+    mixer=Attention(
+      dim,
+      heads,
+      bias=bias,
+      out_bias=bias,
+      init=Normal(0.02),
+      out_init=out_init,
+    ),
+    ffn=MLP(
+      dim,
+      4 * dim,
+      act=gelu_tanh,
+      bias=bias,
+      init=Normal(0.02),
+      out_init=out_init,
+    ),
+    norm=norm,
+    dropout=dropout,
+  )
+  return Decoder(
+    vocab=vocab,
+    dim=dim,
+    layers=(((block,), layers),),
+    norm=norm,
+    max_positions=max_positions,
+    tied=True,
+    positions=Learned(max_positions),
+    dropout=dropout,
+  )
+
+
+PUBLISHED = {
+  "gpt2": decoder(),
+  "gpt2-medium": decoder(dim=1024, layers=24, heads=16),
+  "gpt2-large": decoder(dim=1280, layers=36, heads=20),
+  "gpt2-xl": decoder(dim=1600, layers=48, heads=25),
+}

@@ -1,0 +1,84 @@
+"""Llama 2 and 3: RMSNorm, rotary positions, SwiGLU, grouped queries.
+
+Sizes from the papers (arXiv:2307.09288, table 1 of appendix A; arXiv:2407.21783,
+table 3) and the `config.json` published with the weights.
+"""
+
+from jaxlm.layers.attention import Attention
+from jaxlm.layers.mlp import GLU, silu
+from jaxlm.layers.norm import RMSNorm
+from jaxlm.layers.param import Normal
+from jaxlm.layers.position import Llama3, Rope, Scaling
+from jaxlm.models.decoder import Block, Decoder
+
+
+def decoder(
+  vocab: int = 128256,
+  dim: int = 4096,
+  layers: int = 32,
+  heads: int = 32,
+  kv_heads: int = 8,
+  head_dim: int | None = None,
+  mlp_dim: int = 14336,
+  theta: float = 500000.0,
+  scaling: Scaling | None = None,
+  eps: float = 1e-5,
+  max_positions: int = 8192,
+  tied: bool = False,
+  dropout: float = 0.0,
+) -> Decoder:
+  """Llama at any size; the defaults are Llama 3 8B."""
+  norm, init = RMSNorm(dim, eps), Normal(0.02)
+  block = Block(
+    mixer=Attention(
+      dim,
+      heads,
+      kv_heads,
+      head_dim,
+      position=Rope(theta, scaling),
+      init=init,
+      out_init=init,
+    ),
+    ffn=GLU(dim, mlp_dim, act=silu, init=init, out_init=init),
+    norm=norm,
+    dropout=dropout,
+  )
+  return Decoder(
+    vocab=vocab,
+    dim=dim,
+    layers=(((block,), layers),),
+    norm=norm,
+    max_positions=max_positions,
+    tied=tied,
+    dropout=dropout,
+    head_init=init,
+  )
+
+
+PUBLISHED = {
+  "llama2-7b": decoder(
+    vocab=32000,
+    kv_heads=32,
+    mlp_dim=11008,
+    theta=10000.0,
+    max_positions=4096,
+  ),
+  "llama3-8b": decoder(),
+  "llama3-70b": decoder(dim=8192, layers=80, heads=64, mlp_dim=28672),
+  "llama3.1-405b": decoder(
+    dim=16384,
+    layers=126,
+    heads=128,
+    mlp_dim=53248,
+    scaling=Llama3(),
+    max_positions=131072,
+  ),
+  "llama3.2-1b": decoder(
+    dim=2048,
+    layers=16,
+    mlp_dim=8192,
+    scaling=Llama3(factor=32.0),
+    max_positions=131072,
+    tied=True,
+  ),
+}
