@@ -20,12 +20,7 @@ instant leaves finished folders and rubbish, never something in between. What
 a rename cannot prevent (a file cut off or deleted later) the manifest finds
 before orbax reads garbage.
 
-Arrays are stored under the plain names of their paths ("params/wte"), not as
-the containers that held them: a checkpoint outlives a renamed state class,
-and a part of it is the subset of names that start alike.
-
-Left out: remote paths such as gs:// (mount them: a rename must be atomic),
-and compression, which costs more time than it saves in bytes for weights.
+Left out: remote paths such as gs:// (mount them: a rename must be atomic).
 """
 
 import json
@@ -33,14 +28,15 @@ import math
 import os
 import re
 import shutil
+import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 
-from jaxlm import files
+from jaxlm import arrays, files
 from jaxlm.errors import UserError
 
 PyTree = Any
@@ -185,7 +181,6 @@ class Checkpoints:
         f"a checkpoint at step {step} is already in {self.directory}; "
         "choose another workdir or remove it first"
       )
-    leaves = _named_leaves(state)
     notes = {"data.json": data or {}, "config.json": config or {}}
     texts = {n: json.dumps(v, indent=1) + "\n" for n, v in notes.items()}
     temporary = self.directory / f"{step}.tmp"
@@ -193,15 +188,12 @@ class Checkpoints:
       if jax.process_index() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-      writer = _writer()
-      with _QuietOrbax():
-        writer.save(temporary / "state", _orbax().args.PyTreeSave(leaves))
+      finish = arrays.start_write(temporary / "state", state)
     except Exception as error:
-      raise self._failed(step, error) from error
+      self._fail(step, error)
     self._writing = step
-    shapes = {n: [list(x.shape), str(x.dtype)] for n, x in leaves.items()}
     self._thread = threading.Thread(
-      target=self._finish, args=(step, writer, texts, shapes)
+      target=self._finish, args=(step, finish, texts, arrays.shapes(state))
     )
     self._thread.start()
     if metrics:
@@ -243,7 +235,7 @@ class Checkpoints:
     step, self._writing = self._writing, None
     error, self._error = self._error, None
     if error is not None:
-      raise self._failed(step, error) from error
+      self._fail(step, error)
 
   def close(self) -> None:
     """Waits for the save under way and lets another run write here."""
@@ -307,25 +299,15 @@ class Checkpoints:
   def _read(self, step: int, like: PyTree, part: bool) -> Restored:
     """Reads one checkpoint that is known to be whole."""
     folder = self.directory / str(step)
-    wanted = _named_leaves(like)
     saved = files.read_manifest(folder)["leaves"]
-    difference = _difference(saved, wanted, part)
+    difference = arrays.difference(saved, arrays.shapes(like), part)
     if difference:
       raise UserError(
         f"checkpoint {step} in {self.directory} does not fit this model: "
         f"{difference}; use the config it was trained with "
         f"({folder.name}/config.json) or another workdir"
       )
-    ocp = _orbax()
-    reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-    arguments = {name: _restore_args(x) for name, x in wanted.items()}
-    leaves = reader.restore(
-      folder / "state",
-      ocp.args.PyTreeRestore(wanted, arguments, partial_restore=True),
-    )
-    state = jax.tree.unflatten(
-      jax.tree.structure(like), [leaves[name] for name in wanted]
-    )
+    state = arrays.read(folder / "state", like)
     data, config = (
       json.loads((folder / name).read_text())
       for name in ("data.json", "config.json")
@@ -356,11 +338,12 @@ class Checkpoints:
     for rubbish in self.directory.glob("*.tmp"):
       shutil.rmtree(rubbish, ignore_errors=True)
 
-  def _finish(self, step: int, writer, texts: dict, shapes: dict) -> None:
-    """Runs in a thread: waits for orbax, adds the rest, renames, prunes."""
+  def _finish(
+    self, step: int, finish: Callable, texts: dict, shapes: dict
+  ) -> None:
+    """Runs in a thread: waits for the arrays, completes, prunes."""
     try:
-      with _QuietOrbax():
-        writer.wait_until_finished()
+      finish()
       if jax.process_index() == 0:
         self._complete(step, texts, shapes)
         self._prune()
@@ -389,9 +372,12 @@ class Checkpoints:
     good = [s for s in self.steps() if s not in self._damaged]
     with self._mutex:
       kept = {*good[-self._keep :], self.best()}
-    for step in self.steps():
-      if step not in kept and step < good[-1]:
-        self._delete(step, aside=f"{step}.tmp")
+    try:
+      for step in self.steps():
+        if step not in kept and step < good[-1]:
+          self._delete(step, aside=f"{step}.tmp")
+    except OSError as error:  # the new checkpoint is safe all the same
+      _warn(f"an old checkpoint stays: {files.reason(error)}")
 
   def _delete(self, step: int, aside: str) -> None:
     """Removes a checkpoint; its number is gone before its files are."""
@@ -405,94 +391,18 @@ class Checkpoints:
     except (OSError, ValueError):
       return {}
 
-  def _failed(self, step: int | None, error: Exception) -> UserError:
+  def _fail(self, step: int | None, error: Exception) -> NoReturn:
     """Clears away a failed save and says what happened."""
     temporary = self.directory / f"{step}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)  # gives back its space
-    reason = files.reason(error)
-    advice = "check the disk"
-    if "space" in reason or "large" in reason:
-      advice = "free some space"
-    return UserError(
+    if not files.from_disk(error):
+      raise error
+    raise UserError(
       f"checkpoint {step} could not be written to {self.directory} "
-      f"({reason}); {advice}. The checkpoints before it are untouched"
-    )
-
-
-# --- Names and shapes --------------------------------------------------------
-
-
-def _named_leaves(tree: PyTree) -> dict[str, Any]:
-  """{'params/wte': leaf}, in the tree's order."""
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  named = {
-    jax.tree_util.keystr(path, simple=True, separator="/") or "leaf": leaf
-    for path, leaf in leaves
-  }
-  if len(named) != len(leaves):
-    raise ValueError("two leaves of the state have the same path")
-  return named
-
-
-def _difference(saved: dict, wanted: dict, part: bool) -> str | None:
-  """The first leaf that differs between the checkpoint and the model."""
-  for name, leaf in wanted.items():
-    shape, dtype = list(leaf.shape), str(leaf.dtype)
-    if name not in saved:
-      return f"the model has {name} {shape} and the checkpoint has not"
-    old_shape, old_dtype = saved[name]
-    if old_shape != shape:
-      return f"{name} is {old_shape} in the checkpoint and {shape} in the model"
-    if old_dtype != dtype and not part:
-      return f"{name} is {old_dtype} in the checkpoint and {dtype} in the model"
-  for name in () if part else saved:
-    if name not in wanted:
-      return f"the checkpoint has {name} {saved[name][0]} and the model has not"
-  return None
+      f"({files.reason(error)}); free some space or check the disk. The "
+      "checkpoints before it are untouched"
+    ) from error
 
 
 def _warn(text: str) -> None:
   print(f"warning: {text}", file=sys.stderr, flush=True)
-
-
-# --- Orbax -------------------------------------------------------------------
-
-
-def _orbax():
-  import orbax.checkpoint as ocp  # a quarter of a second: only when needed
-
-  return ocp
-
-
-def _writer():
-  ocp = _orbax()
-  return ocp.AsyncCheckpointer(
-    ocp.PyTreeCheckpointHandler(use_compression=False)
-  )
-
-
-def _restore_args(leaf):
-  sharding = getattr(leaf, "sharding", None)
-  if sharding is None:
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  return _orbax().ArrayRestoreArgs(
-    sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype
-  )
-
-
-class _QuietOrbax:
-  """Keeps orbax from logging a traceback for an error that we report."""
-
-  def __enter__(self):
-    from absl import logging
-
-    self._logger = logging.get_absl_logger()
-    self._logger.addFilter(self._drop)
-    return self
-
-  def __exit__(self, *exc):
-    self._logger.removeFilter(self._drop)
-
-  @staticmethod
-  def _drop(record) -> bool:
-    return "orbax" not in record.pathname

@@ -122,6 +122,11 @@ def damage(folder: Path, thorough: bool = True) -> str | None:
   return None
 
 
+def from_disk(error: BaseException) -> bool:
+  """Whether an exception, ours or tensorstore's, came from the file system."""
+  return isinstance(error, OSError) or "os_error_code" in str(error)
+
+
 def reason(error: BaseException) -> str:
   """One short line from an exception, for the middle of a sentence."""
   if isinstance(error, OSError) and error.strerror:
