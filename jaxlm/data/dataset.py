@@ -1,0 +1,393 @@
+"""From a path to token streams: read, split, tokenise once, keep.
+
+`prepare` is what a training program calls. The token ids end as uint16 or
+uint32 arrays in the cache folder, under a hash of the text, the tokenizer and
+the split, and are memory-mapped from there by every later run.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from jaxlm.data import corpus, sources
+from jaxlm.data.cache import cache_dir, digest, whole_folder
+from jaxlm.data.loader import Tokens
+from jaxlm.data.tokenizers import (
+  EOT,
+  ByteBPE,
+  Bytes,
+  Chars,
+  SentencePiece,
+  Tokenizer,
+  load,
+  utf8,
+)
+from jaxlm.errors import UserError
+
+_VERSION = "1"  # of the cached form; raise it when its meaning changes
+_PART = 1 << 20  # characters tokenised at a time
+_LINE_END = re.compile(r"\S\n(?=\S)")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+  """Tokenised text, ready for `batches` and `windows`.
+
+  Attributes:
+    train, val: one stream per source of a mixture (one, without weights).
+    tokenizer: what made the ids.
+    weights: share of each source in training, or None.
+    counts: documents, characters (bytes, if the text was read as bytes),
+      bytes, train_tokens, val_tokens, vocab, bytes_per_token.
+  """
+
+  train: tuple[Tokens, ...]
+  val: tuple[Tokens, ...]
+  tokenizer: Tokenizer
+  weights: tuple[float, ...] | None
+  counts: dict[str, int | float]
+
+  def describe(self) -> str:
+    """One line for the log."""
+    c = self.counts
+    return (
+      f"{c['characters']:,} characters in {c['documents']:,} documents; "
+      f"{c['train_tokens']:,} training and {c['val_tokens']:,} validation "
+      f"tokens of {c['vocab']:,} kinds, {c['bytes_per_token']:.2f} bytes each"
+    )
+
+
+def prepare(
+  path: str | Path | Sequence[str | Path] | None = None,
+  tokenizer: str = "bpe",
+  vocab: int = 4096,
+  val_fraction: float = 0.1,
+  text_key: str = "text",
+  weights: Sequence[float] | None = None,
+) -> Dataset:
+  """Reads, splits and tokenises a corpus, or finds it in the cache.
+
+  A single text is split by characters: the last `val_fraction` of it is for
+  validation, as nanoGPT does. Several documents are split as wholes, chosen by
+  a fixed shuffle, and end with the tokenizer's end-of-text token.
+
+  Args:
+    path: files, folders or glob patterns (a string may hold several, with
+      commas between); None is the documentation that Python carries.
+    tokenizer: 'bytes', 'chars', 'bpe' or 'sentencepiece', made from the
+      training text (chars: from all text); or a tokenizer file or folder.
+    vocab: tokens that 'bpe' or 'sentencepiece' may have.
+    val_fraction: share of the text held out, 0 <= f < 1.
+    text_key: key or column of the text in JSON lines and tables.
+    weights: one number per path makes a mixture of the paths; without it they
+      are one corpus.
+
+  Raises:
+    UserError: about anything wrong with the arguments or the files.
+  """
+  if not 0 <= val_fraction < 1:
+    raise UserError(
+      f"data.val_fraction is {val_fraction}; it must be at least 0 and below 1"
+    )
+  groups = _groups(path, weights)
+  raw = tokenizer == "bytes"
+  splits = tuple(
+    _split(_documents(group, text_key, raw), group, val_fraction)
+    for group in groups
+  )
+  many = len(splits) > 1 or len(splits[0].lengths) > 1
+  made = _tokenizer(tokenizer, vocab, splits, (EOT,) if many else ())
+  found = [_tokens(split, made, many) for split in splits]
+  train, val, spent = zip(*found, strict=True)
+  val = tuple(v for v in val if len(v.ids))
+  counts = {
+    "documents": sum(len(s.lengths) for s in splits),
+    "characters": int(sum(s.lengths.sum() for s in splits)),
+    "bytes": sum(s.bytes for s in splits),
+    "train_tokens": sum(len(t.ids) for t in train),
+    "val_tokens": sum(len(v.ids) for v in val),
+    "vocab": made.vocab_size,
+    "bytes_per_token": sum(s.bytes for s in splits) / sum(spent),
+  }
+  return Dataset(train, val, made, tuple(weights) if weights else None, counts)
+
+
+# --- Reading and splitting --------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Split:
+  """Documents that can be iterated over again, and where the line is drawn.
+
+  Either `held` tells the documents for validation apart, or (`cut` >= 0) the
+  one document is cut at that character.
+  """
+
+  documents: Iterable[str | bytes]
+  lengths: np.ndarray
+  bytes: int
+  key: str
+  held: np.ndarray
+  cut: int
+
+  def side(self, val: bool) -> Iterator[str | bytes]:
+    """The texts for training, or those for validation."""
+    for text, held in zip(self.documents, self.held, strict=True):
+      if self.cut >= 0:
+        text = text[self.cut :] if val else text[: self.cut]
+      elif held != val:
+        continue
+      if text:
+        yield text
+
+
+def _groups(
+  path: str | Path | Sequence[str | Path] | None,
+  weights: Sequence[float] | None,
+) -> list[list[str] | None]:
+  """The paths of each source; None stands for the default corpus."""
+  if path is None or path == "" or path == ():
+    if weights:
+      raise UserError("data.weights needs data.path: one path per weight")
+    return [None]
+  if isinstance(path, str) and "," in path and not Path(path).exists():
+    path = [part.strip() for part in path.split(",")]
+  paths = [path] if isinstance(path, str | Path) else list(path)
+  paths = [str(p) for p in paths]
+  if not weights:
+    return [paths]
+  if len(weights) != len(paths):
+    raise UserError(
+      f"data.weights has {len(weights)} numbers for {len(paths)} paths; give "
+      "one per path"
+    )
+  return [[p] for p in paths]
+
+
+def _documents(
+  group: list[str] | None, text_key: str, raw: bool
+) -> Iterable[str | bytes]:
+  return (
+    corpus.documents() if group is None else sources.read(group, text_key, raw)
+  )
+
+
+def _split(
+  documents: Iterable[str | bytes], group: list[str] | None, fraction: float
+) -> _Split:
+  """Reads the documents once, for their lengths and their hash."""
+  h = hashlib.blake2b(digest_size=16)
+  lengths, total = [], 0
+  for text in documents:
+    content = text if isinstance(text, bytes) else utf8(text)
+    lengths.append(len(text))
+    total += len(content)
+    h.update(len(content).to_bytes(8, "little"))
+    h.update(content)
+  if not lengths:
+    raise UserError(f"no documents in {', '.join(group or [])}: all are empty")
+  sizes = np.array(lengths, np.int64)
+  single = len(lengths) == 1
+  # int(n * 0.9), not n - int(n * 0.1): tiny Shakespeare's 1,003,854.
+  cut = int(lengths[0] * (1 - fraction)) if single else -1
+  held = np.zeros(1, bool) if single else held_out(sizes, fraction)
+  key = digest(h.hexdigest(), str(fraction), _VERSION)
+  return _Split(documents, sizes, total, key, held, cut)
+
+
+def held_out(lengths: np.ndarray, fraction: float) -> np.ndarray:
+  """Which documents are for validation, bool [D].
+
+  Documents in a fixed random order, each taken if it still fits under
+  `fraction` of all characters; at least one, but never all.
+  """
+  held = np.zeros(len(lengths), bool)
+  if not fraction:
+    return held
+  room = fraction * lengths.sum()
+  bits = np.random.Philox(key=0).random_raw(len(lengths))
+  for i in np.argsort(bits, kind="stable"):
+    if lengths[i] <= room:
+      held[i], room = True, room - lengths[i]
+  if not held.any():
+    held[np.argmin(lengths)] = True
+  return held
+
+
+# --- Tokenizers -------------------------------------------------------------
+
+
+def _tokenizer(
+  name: str, vocab: int, splits: Sequence[_Split], specials: Sequence[str]
+) -> Tokenizer:
+  """The tokenizer of that name for this text, trained if it has to be."""
+  if name == "bytes":
+    return Bytes(specials)
+  if name == "chars":
+    return Chars.train(
+      itertools.chain(*(s.documents for s in splits)), specials
+    )
+  if name in ("bpe", "sentencepiece"):
+    return _trained(name, vocab, splits)
+  if not Path(name).expanduser().exists():
+    raise UserError(
+      f"data.tokenizer is {name!r}, which is neither 'bytes', 'chars', 'bpe', "
+      "'sentencepiece' nor an existing tokenizer file"
+    )
+  return load(Path(name).expanduser())
+
+
+def _trained(name: str, vocab: int, splits: Sequence[_Split]) -> Tokenizer:
+  """Trains on the training texts, or loads what an earlier run trained."""
+  import sentencepiece
+  import tokenizers
+
+  kind, library = {
+    "bpe": (ByteBPE, tokenizers),
+    "sentencepiece": (SentencePiece, sentencepiece),
+  }[name]
+  keys = [s.key for s in splits]
+  key = digest(_VERSION, name, str(vocab), library.__version__, *keys)
+  folder = cache_dir() / "tokenizers" / key
+  if not folder.is_dir():
+    texts = itertools.chain(*(s.side(val=False) for s in splits))
+    made = kind.train((p for t in texts for p, _ in _parts(t)), vocab)
+    with whole_folder(folder) as temp:
+      made.save(temp)
+  return load(folder)
+
+
+# --- Token streams ----------------------------------------------------------
+
+
+def _tokens(
+  split: _Split, tokenizer: Tokenizer, many: bool
+) -> tuple[Tokens, Tokens, int]:
+  """Both streams of a split, from the cache or made now; tokens of text."""
+  key = digest(_VERSION, split.key, tokenizer.fingerprint(), str(many))
+  folder = cache_dir() / "tokens" / key
+  for attempt in range(2):
+    if not folder.is_dir():
+      with whole_folder(folder) as temp:
+        spent = [
+          _write(temp / side, split.side(side == "val"), tokenizer, many)
+          for side in ("train", "val")
+        ]
+        (temp / "meta.json").write_text(json.dumps({"spent": sum(spent)}))
+    try:
+      meta = json.loads((folder / "meta.json").read_text())
+      return (_read(folder / "train"), _read(folder / "val"), meta["spent"])
+    except (OSError, ValueError, KeyError) as error:
+      # Somebody damaged the cache: make it again, once.
+      if attempt:
+        raise UserError(f"cannot read the cache {folder}: {error}") from error
+      shutil.rmtree(folder, ignore_errors=True)
+  raise AssertionError("unreachable")
+
+
+def _write(
+  path: Path, texts: Iterable[str | bytes], tokenizer: Tokenizer, many: bool
+) -> int:
+  """Writes PATH.ids.npy and PATH.docs.npy; returns the tokens of text."""
+  eot = tokenizer.eot if many else None
+  ends = [] if eot is None else [eot]
+  dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+  docs, total, spent, begin = [], 0, 0, 0
+  with open(f"{path}.ids.npy", "wb") as file:
+    start = _header(file, dtype, 0)
+    for number, (ids, last) in enumerate(_encoded(texts, tokenizer)):
+      if number == 0:
+        total += _append(file, ends, dtype, tokenizer)
+      spent += _append(file, ids, dtype, tokenizer)
+      total += len(ids)
+      if last:
+        total += _append(file, ends, dtype, tokenizer)
+        docs.append((begin, total - 1))
+        begin = total - len(ends)
+    file.seek(0)
+    assert _header(file, dtype, total) == start
+  np.save(f"{path}.docs.npy", np.array(docs, np.int64).reshape(-1, 2))
+  return spent
+
+
+def _encoded(
+  texts: Iterable[str | bytes], tokenizer: Tokenizer
+) -> Iterator[tuple[np.ndarray, bool]]:
+  """Ids of the texts in parts, each with whether it ends its text."""
+  waiting: list[str | bytes] = []
+  lasts: list[bool] = []
+  size = 0
+  for part, last in (pair for text in texts for pair in _parts(text)):
+    waiting.append(part)
+    lasts.append(last)
+    size += len(part)
+    if size >= 4 * _PART:
+      yield from zip(tokenizer.encode_many(waiting), lasts, strict=True)
+      waiting, lasts, size = [], [], 0
+  yield from zip(tokenizer.encode_many(waiting), lasts, strict=True)
+
+
+def _parts(text: str | bytes) -> Iterator[tuple[str | bytes, bool]]:
+  """Cuts a long text where no tokenizer's word can cross; marks the last part.
+
+  That is after a newline between two visible characters: byte-level BPE keeps
+  such a newline apart from what follows, and so does SentencePiece as it is
+  trained here, so the ids are those of the whole text.
+  """
+  start = 0
+  while len(text) - start > _PART:
+    if isinstance(text, bytes):
+      stop = start + _PART
+    else:
+      found = _LINE_END.search(text, start + _PART)
+      if found is None:
+        break
+      stop = found.end()
+    yield text[start:stop], False
+    start = stop
+  yield text[start:], True
+
+
+def _append(
+  file: BinaryIO, ids: Sequence[int], dtype: type, tokenizer: Tokenizer
+) -> int:
+  """Writes ids after checking that the vocabulary has them."""
+  ids = np.asarray(ids, np.int64)
+  if ids.size and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
+    raise UserError(
+      f"the tokenizer gave id {ids.max()} with {tokenizer.vocab_size} tokens "
+      "in its vocabulary; its file is inconsistent"
+    )
+  file.write(ids.astype(dtype).tobytes())
+  return len(ids)
+
+
+def _header(file: BinaryIO, dtype: type, count: int) -> int:
+  """Writes the .npy header of a [count] array; returns where data begins.
+
+  numpy pads headers so that a longer first axis fits the same bytes, which is
+  what lets an array be appended to.
+  """
+  form = {
+    "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
+    "fortran_order": False,
+    "shape": (count,),
+  }
+  np.lib.format.write_array_header_1_0(file, form)
+  return file.tell()
+
+
+def _read(path: Path) -> Tokens:
+  """Opens what `_write` wrote; ids are memory-mapped where they are many."""
+  name = Path(f"{path}.ids.npy")
+  mode = "r" if name.stat().st_size > 1 << 24 else None
+  ids = np.load(name, mmap_mode=mode)
+  return Tokens(ids, np.load(f"{path}.docs.npy"))

@@ -1,0 +1,484 @@
+"""Four ways between text and token ids, behind one small interface.
+
+    Bytes           the 256 bytes of UTF-8; nothing to train, encodes anything
+    Chars           the characters of one corpus, as in char-rnn and nanoGPT
+    ByteBPE         byte-level BPE of Hugging Face `tokenizers`
+    SentencePiece   unigram or BPE pieces with byte fallback
+
+All of them are lossless: `decode(encode(text)) == text` for every string
+(Chars: over its own alphabet; a SentencePiece model from elsewhere: as far as
+its normaliser allows). Special tokens such as <|endoftext|> have ids of their
+own that text cannot reach: `encode` spells them out like any other text unless
+the caller allows them by name, so a user cannot end a document or a turn.
+"""
+
+import codecs
+import json
+import re
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jaxlm.data.cache import digest, write_whole
+from jaxlm.errors import UserError
+
+EOT = "<|endoftext|>"
+_ENDS = (EOT, "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>")
+
+
+class Tokenizer:
+  """What every tokenizer offers; the subclasses fill in four hooks.
+
+  Attributes:
+    vocab_size: ids are 0 .. vocab_size - 1.
+    specials: id of every special token, by its name.
+  """
+
+  vocab_size: int
+  specials: dict[str, int]
+
+  @property
+  def eot(self) -> int | None:
+    """Id of the token that ends a document, or None if there is none."""
+    return next((self.specials[n] for n in _ENDS if n in self.specials), None)
+
+  def encode(
+    self, text: str, allow_special: bool | Collection[str] = False
+  ) -> np.ndarray:
+    """Token ids of a text, int32 [n].
+
+    Args:
+      text: any string without lone surrogates.
+      allow_special: the names of special tokens to recognise in the text, or
+        True for all of them. By default none: "<|endoftext|>" is 13 ordinary
+        characters.
+
+    Raises:
+      UserError: if the text cannot be expressed in this vocabulary.
+    """
+    names = self.specials if allow_special is True else allow_special or ()
+    names = [re.escape(name) for name in names if name in self.specials]
+    if not names:
+      return self._encode([text])[0]
+    pieces = re.split(f"({'|'.join(names)})", text)
+    ids = self._encode(pieces[::2])
+    for i, name in enumerate(pieces[1::2]):
+      ids.insert(2 * i + 1, np.array([self.specials[name]], np.int32))
+    return np.concatenate(ids)
+
+  def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
+    """`encode` of each text, on all cores where the library can."""
+    return self._encode(list(texts))
+
+  def decode_bytes(self, ids: Iterable[int], start: bool = True) -> bytes:
+    """The UTF-8 bytes that the ids stand for; may end within a character.
+
+    `start=False` continues a text: no leading space is taken off by the
+    SentencePiece models that add one.
+    """
+    ids = np.asarray(ids, np.int64).reshape(-1)
+    bad = ids[(ids < 0) | (ids >= self.vocab_size)]
+    if bad.size:
+      raise UserError(
+        f"token id {bad[0]} is outside this tokenizer's vocabulary "
+        f"(0..{self.vocab_size - 1}); was it made with another tokenizer?"
+      )
+    return self._decode(ids, start)
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """Text of the ids; bytes that are no UTF-8 become U+FFFD."""
+    return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+  def fingerprint(self) -> str:
+    """A hash of all that `save` writes: equal tokenizers, equal ids."""
+    return digest(*(x for pair in self._files().items() for x in pair))
+
+  def save(self, folder: str | Path) -> None:
+    """Writes the file that `load` reads back (its name depends on kind)."""
+    for name, content in self._files().items():
+      write_whole(Path(folder) / name, content)
+
+  def _encode(self, texts: list[str]) -> list[np.ndarray]:
+    raise NotImplementedError
+
+  def _decode(self, ids: np.ndarray, start: bool) -> bytes:
+    raise NotImplementedError
+
+  def _files(self) -> dict[str, bytes]:
+    raise NotImplementedError
+
+
+class Bytes(Tokenizer):
+  """Ids 0..255 are the bytes of UTF-8; special tokens follow.
+
+  Alone among the four it also takes raw bytes, so it trains on any file.
+  """
+
+  def __init__(self, specials: Sequence[str] = ()):
+    self.specials = {name: 256 + i for i, name in enumerate(specials)}
+    self.vocab_size = 256 + len(self.specials)
+    self._table = _table(self, [bytes([i]) for i in range(256)])
+
+  def _encode(self, texts: list[str | bytes]) -> list[np.ndarray]:
+    raw = [t if isinstance(t, bytes) else utf8(t) for t in texts]
+    return [np.frombuffer(r, np.uint8).astype(np.int32) for r in raw]
+
+  def _decode(self, ids: np.ndarray, start: bool) -> bytes:
+    return b"".join([self._table[i] for i in ids])
+
+  def _files(self) -> dict[str, bytes]:
+    return _json_file({"type": "bytes", "specials": list(self.specials)})
+
+
+class Chars(Tokenizer):
+  """One id per character of an alphabet, in code point order."""
+
+  _NONE = np.uint32(0xFFFFFFFF)  # no character has this code point
+
+  def __init__(self, alphabet: str, specials: Sequence[str] = ()):
+    self.alphabet = "".join(sorted(set(alphabet)))
+    n = len(self.alphabet)
+    self.specials = {name: n + i for i, name in enumerate(specials)}
+    self.vocab_size = n + len(self.specials)
+    self._points = _code_points(self.alphabet)
+    self._table = _table(self, [utf8(c) for c in self.alphabet])
+
+  @classmethod
+  def train(cls, texts: Iterable[str], specials: Sequence[str] = ()) -> "Chars":
+    """The tokenizer of exactly the characters that occur in the texts."""
+    alphabet: set[str] = set()
+    for text in texts:
+      alphabet.update(text)
+    return cls("".join(alphabet), specials)
+
+  def _encode(self, texts: list[str]) -> list[np.ndarray]:
+    return [self._encode_one(text) for text in texts]
+
+  def _encode_one(self, text: str) -> np.ndarray:
+    points = _code_points(text)
+    ids = np.searchsorted(self._points, points)
+    known = np.append(self._points, self._NONE)[ids] == points
+    if not known.all():
+      at = int(np.argmin(known))
+      raise UserError(
+        f"character {text[at]!r} (at position {at}) is not among the "
+        f"{len(self.alphabet)} that this character tokenizer knows; leave it "
+        "out, or train with tokenizer='bpe' or 'bytes', which encode any text"
+      )
+    return ids.astype(np.int32)
+
+  def _decode(self, ids: np.ndarray, start: bool) -> bytes:
+    return b"".join([self._table[i] for i in ids])
+
+  def _files(self) -> dict[str, bytes]:
+    return _json_file(
+      {
+        "type": "chars",
+        "alphabet": self.alphabet,
+        "specials": list(self.specials),
+      }
+    )
+
+
+class ByteBPE(Tokenizer):
+  """Byte-level BPE, in the `tokenizer.json` format of Hugging Face.
+
+  Special tokens are matched by `encode` above and never by the library, which
+  would recognise them in any text.
+  """
+
+  def __init__(self, content: str):
+    """`content` is the text of a tokenizer.json; see `train` and `load`."""
+    import tokenizers
+
+    try:
+      self._hf = tokenizers.Tokenizer.from_str(content)
+      form = json.loads(content)
+    except Exception as error:  # the library raises bare Exception
+      raise UserError(f"not a usable tokenizer.json: {error}") from error
+    if form["model"].get("type") != "BPE" or "ByteLevel" not in content:
+      raise UserError(
+        "this tokenizer.json is not a byte-level BPE, the one kind that is "
+        "read here; for a SentencePiece vocabulary give its tokenizer.model"
+      )
+    self._hf.no_padding()
+    self._hf.no_truncation()
+    self._hf.encode_special_tokens = True
+    added = form.get("added_tokens") or []
+    self.specials = {a["content"]: a["id"] for a in added if a["special"]}
+    vocab = self._hf.get_vocab(with_added_tokens=True)
+    self.vocab_size = max(vocab.values()) + 1
+    self._content = content
+    self._table = self._bytes_of(vocab, {a["content"] for a in added})
+
+  @classmethod
+  def train(
+    cls, texts: Iterable[str], vocab: int, specials: Sequence[str] = (EOT,)
+  ) -> "ByteBPE":
+    """Learns merges until there are `vocab` tokens or no pair occurs twice."""
+    import tokenizers
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    least = 256 + len(specials)
+    if vocab < least:
+      raise UserError(
+        f"a byte-level BPE needs at least {least} tokens (256 bytes and "
+        f"{len(specials)} special), but vocab is {vocab}; raise it, or use "
+        "tokenizer='bytes'"
+      )
+    tok = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tok.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tok.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+      vocab_size=vocab,
+      min_frequency=2,
+      special_tokens=list(specials),
+      initial_alphabet=sorted(ByteLevel.alphabet()),
+      show_progress=False,
+    )
+    tok.train_from_iterator(texts, trainer)
+    return cls(tok.to_str(pretty=True))
+
+  def _bytes_of(self, vocab: dict[str, int], added: set[str]) -> list[bytes]:
+    """Bytes of every id, from the printable stand-ins of the vocabulary."""
+    stand_ins = _byte_stand_ins()
+    table = [b""] * self.vocab_size
+    for token, i in vocab.items():
+      plain = token not in added and all(c in stand_ins for c in token)
+      table[i] = bytes(stand_ins[c] for c in token) if plain else utf8(token)
+    missing = 256 - len({b for b in table if len(b) == 1})
+    if missing:
+      raise UserError(
+        f"this tokenizer.json lacks {missing} of the 256 bytes, so there is "
+        "text that it cannot encode; use a complete byte-level vocabulary"
+      )
+    return table
+
+  def _encode(self, texts: list[str]) -> list[np.ndarray]:
+    for text in texts:
+      utf8(text)
+    found = self._hf.encode_batch_fast(texts, add_special_tokens=False)
+    return [np.array(e.ids, np.int32) for e in found]
+
+  def _decode(self, ids: np.ndarray, start: bool) -> bytes:
+    return b"".join([self._table[i] for i in ids])
+
+  def _files(self) -> dict[str, bytes]:
+    return {"tokenizer.json": self._content.encode("utf-8")}
+
+
+class SentencePiece(Tokenizer):
+  """A SentencePiece model: its own `tokenizer.model`, trained or loaded.
+
+  Its word mark U+2581 stands for a space, so a U+2581 in the text would come
+  back as a space; those few are spelled in byte pieces where there are some.
+  """
+
+  def __init__(self, proto: bytes):
+    """`proto` is the content of a .model file; see `train` and `load`."""
+    import sentencepiece
+
+    self._sp = sentencepiece.SentencePieceProcessor()
+    try:
+      self._sp.LoadFromSerializedProto(proto)
+    except Exception as error:
+      raise UserError(f"not a usable SentencePiece model: {error}") from error
+    self._proto = proto
+    self.vocab_size = self._sp.vocab_size()
+    pieces = [self._sp.id_to_piece(i) for i in range(self.vocab_size)]
+    self.specials = {
+      p: i for i, p in enumerate(pieces) if self._sp.is_control(i)
+    }
+    self._table = [
+      bytes([int(p[3:5], 16)])
+      if self._sp.is_byte(i)
+      else utf8(p if p in self.specials else p.replace("▁", " "))
+      for i, p in enumerate(pieces)
+    ]
+    mark = [self._sp.piece_to_id(f"<0x{b:02X}>") for b in utf8("▁")]
+    self._mark = mark if all(self._sp.is_byte(i) for i in mark) else None
+    # Most published models put a space before the text; ours do not.
+    self._adds_space = self._sp.decode(self._sp.encode("▁a")) == "a"
+
+  @classmethod
+  def train(
+    cls,
+    texts: Iterable[str],
+    vocab: int,
+    specials: Sequence[str] = (EOT,),
+    kind: str = "unigram",
+  ) -> "SentencePiece":
+    """Learns `vocab` pieces (kind 'unigram' or 'bpe'), lossless by choice:
+
+    no normalisation, no added space, byte fallback for what is rare. Lines
+    are the units, so a newline is always the byte piece <0x0A>.
+    """
+    import io
+
+    import sentencepiece
+
+    least = 257 + len(specials)
+    if vocab <= least:
+      raise UserError(
+        f"SentencePiece with byte fallback needs more than {least} tokens, "
+        f"but vocab is {vocab}; raise it, or use tokenizer='bytes'"
+      )
+    model = io.BytesIO()
+    lines = (x for t in texts for x in t.split("\n") if x and "\0" not in x)
+    try:
+      sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=lines,
+        model_writer=model,
+        vocab_size=vocab,
+        model_type=kind,
+        hard_vocab_limit=kind != "unigram",
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        byte_fallback=True,
+        character_coverage=0.9995,
+        max_sentence_length=1 << 20,
+        control_symbols=list(specials),
+        unk_id=0,
+        bos_id=-1,
+        eos_id=-1,
+        pad_id=-1,
+        minloglevel=2,
+      )
+    except (RuntimeError, OSError) as error:
+      raise UserError(
+        f"SentencePiece could not learn {vocab} pieces from this text "
+        f"({error}); try another vocab or tokenizer='bpe'"
+      ) from error
+    return cls(model.getvalue())
+
+  def _encode(self, texts: list[str]) -> list[np.ndarray]:
+    return [np.array(self._encode_one(text), np.int32) for text in texts]
+
+  def _encode_one(self, text: str) -> list[int]:
+    utf8(text)
+    if self._mark is None or "▁" not in text:
+      return self._sp.encode(text)
+    head, *rest = text.split("▁")
+    ids = self._sp.encode(head)
+    for part in rest:
+      ids += self._mark + self._sp.encode(part)
+    return ids
+
+  def _decode(self, ids: np.ndarray, start: bool) -> bytes:
+    out = b"".join([self._table[i] for i in ids])
+    return out[1:] if start and self._adds_space and out[:1] == b" " else out
+
+  def _files(self) -> dict[str, bytes]:
+    return {"tokenizer.model": self._proto}
+
+
+class TextStream:
+  """Turns ids that arrive one by one into text, never half a character.
+
+  >>> stream = TextStream(Bytes())
+  >>> [stream.push([i]) for i in "é!".encode()]
+  ['', 'é', '!']
+  """
+
+  def __init__(self, tokenizer: Tokenizer):
+    self._tokenizer = tokenizer
+    self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+  def push(self, ids: Iterable[int]) -> str:
+    """The text that became complete with these ids; often empty or one word."""
+    return self._decoder.decode(self._tokenizer.decode_bytes(ids, start=False))
+
+  def flush(self) -> str:
+    """What is left at the end: U+FFFD for a character that never came whole."""
+    return self._decoder.decode(b"", final=True)
+
+
+def load(path: str | Path) -> Tokenizer:
+  """Reads a tokenizer from a file, or from the folder that `save` wrote to.
+
+  Args:
+    path: a Hugging Face tokenizer.json (byte-level BPE), a SentencePiece
+      .model, or a folder with tokenizer.json or tokenizer.model in it.
+
+  Raises:
+    UserError: if there is none, or it is of a kind that is not supported.
+  """
+  path = Path(path)
+  if path.is_dir():
+    names = ("tokenizer.json", "tokenizer.model")
+    found = [path / name for name in names if (path / name).is_file()]
+    if not found:
+      raise UserError(f"no tokenizer.json or tokenizer.model in {path}")
+    path = found[0]
+  try:
+    content = path.read_bytes()
+  except OSError as error:
+    raise UserError(
+      f"cannot read tokenizer {path}: {error.strerror}"
+    ) from error
+  if path.suffix == ".model":
+    return SentencePiece(content)
+  try:
+    form = json.loads(content)
+    kind = form.get("type", "huggingface")
+  except (ValueError, AttributeError) as error:
+    raise UserError(f"tokenizer {path} is not JSON: {error}") from error
+  if kind == "bytes":
+    return Bytes(form["specials"])
+  if kind == "chars":
+    return Chars(form["alphabet"], form["specials"])
+  return ByteBPE(content.decode("utf-8"))
+
+
+def bytes_per_token(tokenizer: Tokenizer, texts: Sequence[str]) -> float:
+  """How many bytes of UTF-8 a token stands for: higher means fewer steps.
+
+  Losses of different tokenizers compare as bits per byte:
+  loss / (ln 2 * bytes_per_token).
+  """
+  tokens = sum(len(ids) for ids in tokenizer.encode_many(texts))
+  if not tokens:
+    raise UserError("bytes per token of an empty text is undefined")
+  return sum(len(utf8(text)) for text in texts) / tokens
+
+
+def utf8(text: str) -> bytes:
+  """UTF-8 of a text; a lone surrogate in it is a UserError."""
+  try:
+    return text.encode("utf-8")
+  except UnicodeEncodeError as error:
+    raise UserError(
+      f"the text has a lone surrogate at position {error.start}, which is no "
+      "character; decode its file as UTF-8 or use tokenizer='bytes' on it"
+    ) from error
+
+
+def _code_points(text: str) -> np.ndarray:
+  """Unicode code points of a string, uint32 [n]."""
+  utf8(text)
+  return np.frombuffer(text.encode("utf-32-le"), np.uint32)
+
+
+def _table(tokenizer: Tokenizer, table: list[bytes]) -> list[bytes]:
+  """Bytes of every id: the given ones, then the special tokens' names."""
+  return table + [utf8(name) for name in tokenizer.specials]
+
+
+def _json_file(form: dict) -> dict[str, bytes]:
+  return {"tokenizer.json": json.dumps(form, indent=1).encode("utf-8")}
+
+
+def _byte_stand_ins() -> dict[str, int]:
+  """GPT-2's printable character for every byte, as character -> byte.
+
+  Printable Latin-1 stands for itself; the other 68 bytes take the code points
+  from 256 on, in order (encoder.py of https://github.com/openai/gpt-2).
+  """
+  shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+  hidden = [b for b in range(256) if b not in shown]
+  pairs = [(b, b) for b in shown]
+  pairs += [(b, 256 + i) for i, b in enumerate(hidden)]
+  return {chr(point): byte for byte, point in pairs}
