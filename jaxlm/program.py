@@ -20,6 +20,7 @@ from typing import NoReturn
 from ml_collections import FrozenConfigDict
 
 from jaxlm import config, keys
+from jaxlm.data.cache import cache_dir
 from jaxlm.errors import UserError
 
 # --- The command line -------------------------------------------------------
@@ -157,18 +158,13 @@ def _fail(message: str) -> NoReturn:
   sys.exit(2)
 
 
-def cache_dir() -> Path:
-  """Where jaxlm keeps what it can make again, by the XDG convention."""
-  root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-  return Path(root).expanduser() / "jaxlm"
-
-
 def compile_cache() -> None:
   """Lets compiled programs outlive the process, so that the next starts fast.
 
-  They lie in `cache_dir()/jax`, unless JAX_COMPILATION_CACHE_DIR says where.
+  They lie beside jaxlm's other caches, unless JAX_COMPILATION_CACHE_DIR says
+  where.
   """
-  import jax  # so that --help need not wait for it
+  import jax  # here, so that --help need not wait for it
 
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "jax"))
