@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 
 from jaxlm.layers.compute import Compute, active_mesh
 from jaxlm.layers.mask import Mask, PrefixLM
+from jaxlm.layers.norm import soft_cap
 from jaxlm.layers.position import Alibi
 
 Array = jax.Array
@@ -83,7 +84,7 @@ def attend_reference(
   )
   scores = scores * scale
   if softcap is not None:
-    scores = softcap * jnp.tanh(scores / softcap)
+    scores = soft_cap(scores, softcap)
   if slopes is not None:
     i = jnp.arange(t)[None] if at.positions is None else at.positions
     j = jnp.arange(s)[None] if keys.positions is None else keys.positions
@@ -219,8 +220,13 @@ def _attend_sharded(
   heads = compute.spec(("batch", None, "heads", None), q.shape)
   kv = compute.spec(("batch", None, "kv_heads", None), k.shape)
   if kv[2] != heads[2]:  # fewer kv heads than devices: repeat them first
-    k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+    times = q.shape[2] // k.shape[2]
+    k, v = (jnp.repeat(x, times, axis=2) for x in (k, v))
     kv = heads
+  q, k, v = (
+    jax.sharding.reshard(x, spec)
+    for x, spec in zip((q, k, v), (heads, kv, kv), strict=True)
+  )
   by_row = PartitionSpec(heads[0], None)
   by_head = PartitionSpec(heads[2])
   rows = jax.tree.map(

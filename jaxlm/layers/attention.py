@@ -64,7 +64,7 @@ class Attention:
     return self.kv_heads or self.heads
 
   def params(self) -> dict[str, Any]:
-    """`q` [dim, heads, head_dim], `k`, `v` alike, `o` [heads, head_dim, dim]."""
+    """`q`, `k`, `v` [dim, heads, head_dim] and `o` [heads, head_dim, dim]."""
     tree: dict[str, Any] = {}
     for name, n, axis in (
       ("q", self.heads, "heads"),

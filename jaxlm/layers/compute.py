@@ -50,7 +50,7 @@ class Compute:
   def spec(
     self, axes: Sequence[str | None], shape: Sequence[int]
   ) -> PartitionSpec | None:
-    """Where an activation of these logical axes lies; None if nowhere special."""
+    """Where an activation of these logical axes lies, or None (anywhere)."""
     mesh = active_mesh()
     if mesh is None or self.rules is None:
       return None

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +28,15 @@ def _parse(spec: str) -> tuple[str, str, str, int]:
 
 
 def dot(
-  x: Array, w: Array, spec: str, out_sharding: PartitionSpec | None = None
+  x: Array,
+  w: Array,
+  spec: str,
+  out_sharding: PartitionSpec | None = None,
+  dtype: Any = None,
 ) -> Array:
   """Multiplies activations by a weight stored `(in..., out...)`.
 
-  Operands in the dtype of `x`, sums in float32, result in the dtype of `x`.
+  Operands in the dtype of `x`, sums in float32.
   On one device both operands are flattened to two dimensions first: the CPU's
   matmul reaches its peak only there, and so do the gradients, whose
   contraction over batch and time becomes one axis.
@@ -43,17 +48,19 @@ def dot(
       is checked against the layout above.
     out_sharding: where the result lies; needed where a contracted axis is
       sharded (row-parallel projections), harmless elsewhere.
+    dtype: of the result; None means that of `x`.
 
   Returns:
     `[lead..., out...]`.
   """
   _, _, _, n = _parse(spec)
   w = w.astype(x.dtype)
+  dtype = dtype or x.dtype
   if active_mesh() is not None:
     y = jnp.einsum(
       spec, x, w, preferred_element_type=jnp.float32, out_sharding=out_sharding
     )
-    return y.astype(x.dtype)
+    return y.astype(dtype)
   lead, inner, outer = x.shape[:-n], w.shape[:n], w.shape[n:]
   k = math.prod(inner)
   y = jnp.dot(
@@ -61,4 +68,4 @@ def dot(
     w.reshape(k, math.prod(outer)),
     preferred_element_type=jnp.float32,
   )
-  return y.astype(x.dtype).reshape(*lead, *outer)
+  return y.astype(dtype).reshape(*lead, *outer)

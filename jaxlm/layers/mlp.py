@@ -16,7 +16,7 @@ Array = jax.Array
 
 
 def gelu(x: Array) -> Array:
-  """x * Phi(x) with the exact normal distribution (arXiv:1606.08415)."""
+  """X * Phi(x) with the exact normal distribution (arXiv:1606.08415)."""
   return jax.nn.gelu(x, approximate=False)
 
 
@@ -27,7 +27,7 @@ def gelu_tanh(x: Array) -> Array:
 
 
 def silu(x: Array) -> Array:
-  """x * sigmoid(x) (arXiv:1702.03118)."""
+  """X * sigmoid(x) (arXiv:1702.03118)."""
   return x * jax.nn.sigmoid(x)
 
 

@@ -83,4 +83,12 @@ def _affine(p: dict[str, Any], y: Array) -> Array:
   return y
 
 
+def soft_cap(y: Array, cap: float) -> Array:
+  """`cap * tanh(y / cap)`: the identity near zero, bounded by the cap.
+
+  Gemma 2 (arXiv:2408.00118, section 2) bounds logits and scores with it.
+  """
+  return cap * jnp.tanh(y / cap)
+
+
 Norm = LayerNorm | RMSNorm

@@ -42,6 +42,7 @@ class Normal:
   std: float = 0.02
 
   def __call__(self, key: Array, param: "Param", dtype: DType) -> Array:
+    """An array of the parameter's shape."""
     return (jax.random.normal(key, param.shape) * self.std).astype(dtype)
 
 
@@ -55,6 +56,7 @@ class FanIn:
   gain: float = 1.0
 
   def __call__(self, key: Array, param: "Param", dtype: DType) -> Array:
+    """An array of the parameter's shape."""
     std = self.gain / math.sqrt(max(param.fan_in, 1))
     return (jax.random.normal(key, param.shape) * std).astype(dtype)
 
@@ -66,6 +68,7 @@ class Constant:
   value: float = 0.0
 
   def __call__(self, key: Array, param: "Param", dtype: DType) -> Array:
+    """An array of the parameter's shape."""
     del key
     return jnp.full(param.shape, self.value, dtype)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from jaxlm.layers.param import Normal, Param
 
@@ -17,7 +18,7 @@ Array = jax.Array
 
 @dataclass(frozen=True)
 class Linear:
-  """Position interpolation: all frequencies over `factor` (arXiv:2306.15595)."""
+  """Position interpolation: frequencies over `factor` (arXiv:2306.15595)."""
 
   factor: float
 
@@ -141,10 +142,16 @@ class Learned:
       "table": Param((self.length, dim), ("positions", "embed"), 1, self.init)
     }
 
-  def __call__(self, p: dict[str, Array], positions: Array, dim: int) -> Array:
+  def __call__(
+    self,
+    p: dict[str, Array],
+    positions: Array,
+    dim: int,
+    out_sharding: PartitionSpec | None = None,
+  ) -> Array:
     """Vectors [..., dim] for integer `positions` [...]."""
     del dim
-    return p["table"][positions]
+    return p["table"].at[positions].get(out_sharding=out_sharding)
 
 
 @dataclass(frozen=True)
@@ -156,9 +163,15 @@ class Sinusoidal:
     del dim
     return {}
 
-  def __call__(self, p: dict[str, Array], positions: Array, dim: int) -> Array:
+  def __call__(
+    self,
+    p: dict[str, Array] | None,
+    positions: Array,
+    dim: int,
+    out_sharding: PartitionSpec | None = None,
+  ) -> Array:
     """Vectors [..., dim]: sin at even features, cos at odd ones."""
-    del p
+    del p, out_sharding  # they follow the positions
     freq = Rope(10000.0).frequencies(dim)
     angles = _angles(positions, freq)
     pairs = jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1)

@@ -19,7 +19,7 @@ from jaxlm.layers.compute import DEFAULT, Compute, active_mesh
 from jaxlm.layers.dropout import dropout
 from jaxlm.layers.linear import dot
 from jaxlm.layers.mlp import FFN
-from jaxlm.layers.norm import Norm
+from jaxlm.layers.norm import Norm, soft_cap
 from jaxlm.layers.param import (
   FanIn,
   Init,
@@ -247,7 +247,7 @@ def hidden(
     x, new_cache[name] = _segment(
       pattern, n, params["layers"][name], x, at, here, compute, first
     )
-  x = model.norm(params["norm"], x)
+  x = model.norm(_gather(model, params, "norm", compute), x)
   return x, None if cache is None else new_cache
 
 
@@ -256,50 +256,47 @@ def embed(
 ) -> Array:
   """Token and position embeddings `[batch, seq, dim]` in the compute dtype."""
   dtype = compute.jnp_dtype
+  p = _gather(model, params, "embed", compute)
+  spec = compute.spec(("batch", "seq", "embed"), (*tokens.shape[:2], model.dim))
   if tokens.ndim == 3:
     x = tokens.astype(dtype)
   else:
     _check(model, tokens)
-    table = {"tokens": model.params()["embed"]["tokens"]}
-    table = gather(
-      {"tokens": params["embed"]["tokens"]}, table, compute.rules, dtype
-    )
-    shape = (*tokens.shape, model.dim)
-    spec = compute.spec(("batch", "seq", "embed"), shape)
-    x = table["tokens"].at[tokens].get(mode="clip", out_sharding=spec)
+    x = p["tokens"].at[tokens].get(mode="clip", out_sharding=spec)
   if model.embed_scale != 1.0:
     x = x * jnp.asarray(model.embed_scale, dtype)
   if model.positions is not None:
-    where = jnp.arange(x.shape[1])[None]
-    where = where if at.positions is None else at.positions
-    p = params["embed"]["positions"]
-    x = x + model.positions(p, where, model.dim).astype(dtype)
+    if at.positions is None:
+      where, spec = jnp.arange(x.shape[1])[None], None
+    else:
+      where = at.positions
+    y = model.positions(p.get("positions"), where, model.dim, spec)
+    x = x + y.astype(dtype)
   if model.embed_norm is not None:
-    x = model.embed_norm(params["embed"]["norm"], x)
+    x = model.embed_norm(p["norm"], x)
   if at.key is not None and model.dropout:
     x = dropout(x, model.dropout, jax.random.fold_in(at.key, 2**16))
   return x
 
 
+def _gather(model: Decoder, params: Tree, name: str, compute: Compute) -> Tree:
+  """One part of the parameters, cast and moved to where it is used."""
+  tree = model.params()[name]
+  return gather(params[name], tree, compute.rules, compute.jnp_dtype)
+
+
 def head(model: Decoder, params: Tree, compute: Compute) -> Array:
   """The matrix `[dim, vocab]` that makes logits, in the compute dtype."""
-  tree = model.params()
-  name = "embed" if model.tied else "head"
-  leaf = {"w": tree["embed"]["tokens"] if model.tied else tree[name]}
-  w = {"w": params["embed"]["tokens"] if model.tied else params[name]}
-  w = gather(w, leaf, compute.rules, compute.jnp_dtype)["w"]
-  return w.T if model.tied else w
+  if model.tied:
+    return _gather(model, params, "embed", compute)["tokens"].T
+  return _gather(model, params, "head", compute)
 
 
 def logits(model: Decoder, params: Tree, x: Array, compute: Compute) -> Array:
   """Logits `[batch, seq, vocab]`, float32, of hidden states `[.., dim]`."""
-  y = dot(x, head(model, params, compute), "btd,dv->btv").astype(jnp.float32)
+  w = head(model, params, compute)
+  y = dot(x, w, "btd,dv->btv", dtype=jnp.float32)
   return y if model.softcap is None else soft_cap(y, model.softcap)
-
-
-def soft_cap(y: Array, cap: float) -> Array:
-  """`cap * tanh(y / cap)`: the identity near zero, bounded by the cap."""
-  return cap * jnp.tanh(y / cap)
 
 
 def _segment(
@@ -380,12 +377,12 @@ def _check(model: Decoder, tokens: Array) -> None:
   Values can only be read outside jit; inside, an out-of-range token is
   clipped, and the data pipeline has checked it before.
   """
-  if isinstance(model.positions, Learned):
-    if tokens.shape[1] > model.positions.length:
-      raise UserError(
-        f"a row of {tokens.shape[1]} tokens is longer than the "
-        f"{model.positions.length} positions this model has learned"
-      )
+  table = model.positions
+  if isinstance(table, Learned) and tokens.shape[1] > table.length:
+    raise UserError(
+      f"a row of {tokens.shape[1]} tokens is longer than the "
+      f"{table.length} positions this model has learned"
+    )
   if isinstance(tokens, jax.core.Tracer) or active_mesh() is not None:
     return
   if tokens.size == 0:

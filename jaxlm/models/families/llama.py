@@ -1,7 +1,7 @@
 """Llama 2 and 3: RMSNorm, rotary positions, SwiGLU, grouped queries.
 
-Sizes from the papers (arXiv:2307.09288, table 1 of appendix A; arXiv:2407.21783,
-table 3) and the `config.json` published with the weights.
+Sizes from the papers (arXiv:2307.09288, appendix A; arXiv:2407.21783, table 3)
+and the `config.json` published with the weights.
 """
 
 from jaxlm.layers.attention import Attention

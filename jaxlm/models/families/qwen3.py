@@ -59,9 +59,7 @@ PUBLISHED = {
   "qwen3-0.6b": decoder(),
   "qwen3-1.7b": decoder(dim=2048, mlp_dim=6144),
   "qwen3-4b": decoder(dim=2560, layers=36, heads=32, mlp_dim=9728),
-  "qwen3-8b": decoder(
-    dim=4096, layers=36, heads=32, mlp_dim=12288, tied=False
-  ),
+  "qwen3-8b": decoder(dim=4096, layers=36, heads=32, mlp_dim=12288, tied=False),
   "qwen3-14b": decoder(
     dim=5120, layers=40, heads=40, mlp_dim=17408, tied=False
   ),

@@ -1,0 +1,82 @@
+"""Losses: arrays in, arrays out. No model, no config, no tokens' meaning."""
+
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from jaxlm.layers.linear import dot
+from jaxlm.layers.norm import soft_cap
+
+Array = jax.Array
+
+
+def cross_entropy(logits: Array, targets: Array) -> tuple[Array, Array]:
+  """-log softmax(logits)[target], and the log of the normalizer.
+
+  Args:
+    logits: float32 `[..., vocab]`.
+    targets: integers `[...]`.
+
+  Returns:
+    `(loss, log_z)`, both float32 `[...]`, in nats.
+  """
+  chex.assert_equal_shape_prefix([logits, targets], targets.ndim)
+  log_z = jax.nn.logsumexp(logits, axis=-1)
+  picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+  return log_z - picked, log_z
+
+
+def chunked_cross_entropy(
+  x: Array, w: Array, targets: Array, chunk: int, softcap: float | None = None
+) -> tuple[Array, Array]:
+  """Cross entropy of `softcap(x @ w)` that never holds all the logits.
+
+  Positions are taken `chunk` at a time; the backward pass makes each chunk's
+  logits again. Memory for logits falls from batch x seq x vocab to batch x
+  chunk x vocab, and rows may stay sharded.
+
+  Args:
+    x: hidden states `[batch, seq, dim]`.
+    w: head `[dim, vocab]`.
+    targets: integers `[batch, seq]`.
+    chunk: positions at a time; the last chunk is padded.
+    softcap: bounds the logits, or None.
+
+  Returns:
+    `(loss, log_z)`, both float32 `[batch, seq]`.
+  """
+  chex.assert_rank([x, w, targets], [3, 2, 2])
+  seq = x.shape[1]
+  n = math.ceil(seq / chunk)
+  pad = n * chunk - seq
+
+  def split(a: Array) -> Array:
+    a = jnp.pad(a, ((0, 0), (0, pad)) + ((0, 0),) * (a.ndim - 2))
+    return jnp.moveaxis(a.reshape(a.shape[0], n, chunk, *a.shape[2:]), 1, 0)
+
+  @jax.checkpoint
+  def one(_, part):
+    h, t = part
+    y = dot(h, w, "btd,dv->btv", dtype=jnp.float32)
+    y = y if softcap is None else soft_cap(y, softcap)
+    return None, cross_entropy(y, t)
+
+  _, parts = jax.lax.scan(one, None, (split(x), split(targets)))
+  loss, log_z = (
+    jnp.moveaxis(a, 0, 1).reshape(targets.shape[0], -1)[:, :seq] for a in parts
+  )
+  return loss, log_z
+
+
+def weighted_mean(x: Array, weights: Array | None) -> tuple[Array, Array]:
+  """Mean of `x` under 0/1 `weights` (None: all ones), and their sum.
+
+  A batch without any weight has mean zero, not NaN.
+  """
+  if weights is None:
+    return jnp.mean(x), jnp.asarray(x.size, jnp.float32)
+  weights = weights.astype(x.dtype)
+  total = jnp.sum(weights)
+  return jnp.sum(x * weights) / jnp.maximum(total, 1.0), total

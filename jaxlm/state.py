@@ -1,0 +1,203 @@
+"""The training state and the step: all that a run is, between two batches."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+Array = jax.Array
+Tree = Any
+LossFn = Callable[[Tree, Tree, Array], tuple[Array, dict[str, Array]]]
+
+
+@struct.dataclass
+class LossScale:
+  """Dynamic loss scaling for float16 (arXiv:1710.03740, section 3.2).
+
+  The loss is multiplied by `value` so that small gradients do not vanish. An
+  overflow halves it and skips the step; `PATIENCE` good steps double it.
+  """
+
+  value: Array
+  good: Array
+
+  PATIENCE = 200
+
+  @classmethod
+  def create(cls, value: float = 2.0**15) -> "LossScale":
+    """A fresh scale."""
+    return cls(jnp.float32(value), jnp.int32(0))
+
+  def update(self, finite: Array) -> "LossScale":
+    """The scale after a step whose gradients were finite or not."""
+    good = jnp.where(finite, self.good + 1, 0)
+    grow = good >= self.PATIENCE
+    value = jnp.where(finite, self.value, jnp.maximum(self.value / 2, 1.0))
+    value = jnp.where(grow, jnp.minimum(value * 2, 2.0**24), value)
+    return LossScale(value, jnp.where(grow, 0, good))
+
+
+@struct.dataclass
+class TrainState:
+  """Arrays only. Randomness is a function of the step, so none is stored.
+
+  Attributes:
+    step: how many steps are done, int32.
+    params: the parameters, float32.
+    opt_state: the optimizer's.
+    ema: exponential moving average of the parameters, or None.
+    scale: loss scaling, or None where not float16.
+  """
+
+  step: Array
+  params: Tree
+  opt_state: Tree
+  ema: Tree | None = None
+  scale: LossScale | None = None
+
+
+def create(
+  params: Tree,
+  tx: optax.GradientTransformation,
+  ema: bool = False,
+  float16: bool = False,
+) -> TrainState:
+  """The state before the first step, around freshly made parameters."""
+  return TrainState(
+    step=jnp.int32(0),
+    params=params,
+    opt_state=tx.init(params),
+    ema=jax.tree.map(jnp.copy, params) if ema else None,
+    scale=LossScale.create() if float16 else None,
+  )
+
+
+def make_step(
+  loss_fn: LossFn,
+  tx: optax.GradientTransformation,
+  *,
+  seed: int = 0,
+  accumulate: int = 1,
+  steps: int = 1,
+  ema_decay: float = 0.0,
+  jit: bool = True,
+) -> Callable[[TrainState, Tree], tuple[TrainState, dict[str, Array]]]:
+  """One compiled, donated call that trains `steps` steps.
+
+  Args:
+    loss_fn: `(params, batch, key) -> (loss, metrics)`; `metrics['weight']`
+      says over how many targets the loss is a mean.
+    tx: the optimizer, clipping included.
+    seed: randomness of step n is `fold_in(key(seed), n)`.
+    accumulate: microbatches a step. Their gradients are joined by weight, so
+      that k microbatches equal one big batch even where masks differ.
+    steps: steps a call. Small models gain: fewer trips from Python.
+    ema_decay: of the averaged parameters; 0 for none.
+    jit: False returns the plain function, for reading and testing.
+
+  Returns:
+    `step(state, batch) -> (state, metrics)`. Leaves of `batch` are
+    `[steps, accumulate, rows, ...]`; metrics are `[steps]`: those of the loss,
+    `grad_norm` before clipping, and in float16 `loss_scale`.
+  """
+  tx = optax.with_extra_args_support(tx)
+
+  def one(state: TrainState, batch: Tree) -> tuple[TrainState, dict]:
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    grads, metrics = _gradients(loss_fn, state, batch, key, accumulate)
+    metrics["grad_norm"] = optax.global_norm(grads)
+    return _apply(tx, state, grads, metrics, ema_decay)
+
+  def call(state: TrainState, batch: Tree) -> tuple[TrainState, dict]:
+    if steps > 1:
+      return jax.lax.scan(one, state, batch)
+    state, metrics = one(state, jax.tree.map(lambda x: x[0], batch))
+    return state, jax.tree.map(lambda x: x[None], metrics)
+
+  return jax.jit(call, donate_argnums=0) if jit else call
+
+
+def _gradients(
+  loss_fn: LossFn, state: TrainState, batch: Tree, key: Array, accumulate: int
+) -> tuple[Tree, dict[str, Array]]:
+  """Gradients of the mean loss over all microbatches, and joined metrics."""
+  scale = jnp.float32(1.0) if state.scale is None else state.scale.value
+
+  def scaled(params: Tree, part: Tree, key: Array):
+    loss, metrics = loss_fn(params, part, key)
+    return loss * scale, metrics
+
+  grad_fn = jax.grad(scaled, has_aux=True)
+
+  def micro(i: Array, part: Tree) -> tuple[Tree, dict]:
+    return grad_fn(state.params, part, jax.random.fold_in(key, i))
+
+  if accumulate == 1:
+    part = jax.tree.map(lambda x: x[0], batch)
+    grads, metrics = micro(jnp.int32(0), part)
+    metrics = dict(metrics)
+  else:
+    grads, metrics = _accumulate(micro, batch, accumulate)
+  if state.scale is not None:
+    grads = jax.tree.map(lambda g: g / scale, grads)
+    metrics["loss_scale"] = scale
+  return grads, metrics
+
+
+def _accumulate(
+  micro: Callable, batch: Tree, n: int
+) -> tuple[Tree, dict[str, Array]]:
+  """Weighted mean of gradients and metrics over `n` microbatches."""
+
+  def add(total: Tree, part: tuple) -> tuple[Tree, None]:
+    grads, metrics = micro(*part)
+    weight = metrics["weight"]
+    sums = jax.tree.map(lambda x: x * weight, (grads, metrics))
+    sums[1]["weight"] = weight
+    return jax.tree.map(jnp.add, total, sums), None
+
+  first = jax.tree.map(lambda x: x[0], batch)
+  shapes = jax.eval_shape(micro, jnp.int32(0), first)
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+  numbers = jnp.arange(n, dtype=jnp.int32)
+  (grads, metrics), _ = jax.lax.scan(add, zeros, (numbers, batch))
+  weight = jnp.maximum(metrics["weight"], 1.0)
+  mean = jax.tree.map(lambda x: x / weight, (grads, metrics))
+  return mean[0], mean[1] | {"weight": metrics["weight"]}
+
+
+def _apply(
+  tx: optax.GradientTransformationExtraArgs,
+  state: TrainState,
+  grads: Tree,
+  metrics: dict[str, Array],
+  ema_decay: float,
+) -> tuple[TrainState, dict[str, Array]]:
+  """The optimizer's update; in float16 only if all gradients are finite."""
+  extra = {"value": metrics["loss"], "grad_norm": metrics["grad_norm"]}
+
+  def update(state: TrainState) -> TrainState:
+    # optax itself relies on implicit dtype promotion.
+    with jax.numpy_dtype_promotion("standard"):
+      updates, opt_state = tx.update(
+        grads, state.opt_state, state.params, **extra
+      )
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if ema is not None:
+      mix = functools.partial(optax.incremental_update, step_size=1 - ema_decay)
+      ema = mix(params, ema)
+    return state.replace(params=params, opt_state=opt_state, ema=ema)
+
+  if state.scale is None:
+    state = update(state)
+  else:
+    finite = jnp.isfinite(metrics["grad_norm"])
+    scale = state.scale.update(finite)
+    state = jax.lax.cond(finite, update, lambda s: s, state)
+    state = state.replace(scale=scale)
+  return state.replace(step=state.step + 1), metrics
