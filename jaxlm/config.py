@@ -176,7 +176,7 @@ def _literal(text: str) -> Any:
 
 def to_json(config: Config) -> str:
   """A config as JSON text; `from_json` gives the equal config back."""
-  return json.dumps(keys.nest(keys.flatten(config)), indent=2) + "\n"
+  return json.dumps(keys.nest(keys.leaves(config)), indent=2) + "\n"
 
 
 def from_json(text: str) -> FrozenConfigDict:
@@ -219,7 +219,7 @@ def differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
 
   An open key that is absent counts as None, which is the same to `call`.
   """
-  a, b = keys.flatten(old), keys.flatten(new)
+  a, b = keys.leaves(old), keys.leaves(new)
   names = dict.fromkeys([*a, *b])
   return [(n, a.get(n), b.get(n)) for n in names if a.get(n) != b.get(n)]
 
@@ -250,6 +250,7 @@ def call(
   section: Config,
   name: str = "model",
   skip: Sequence[str] = ("family",),
+  label: str = "",
   **given: Any,
 ) -> Any:
   """Calls `function` with the keys of a section that are set, and `given`.
@@ -262,11 +263,13 @@ def call(
     section: for example `config.model`.
     name: the section's name, for messages.
     skip: keys of the section that are not arguments.
+    label: what to call the function in messages, for example 'gpt2'.
     given: arguments that come from elsewhere, for example `vocab=65`.
 
   Raises:
     UserError: for a key the function does not take, or one that it needs.
   """
+  label = label or function.__name__
   parameters = inspect.signature(function).parameters
   hints = typing.get_type_hints(function)
   open_to = [p for p in parameters if p not in given]
@@ -275,9 +278,9 @@ def call(
     if key in skip or value is None:
       continue
     if key not in open_to:
-      hint = keys.nearest(key, open_to)
+      hint = keys.nearest(key, open_to, f"config.{name}.")
       raise UserError(
-        f"{function.__name__} takes no config.{name}.{key}"
+        f"{label} takes no config.{name}.{key}"
         + (hint or f"; it takes {', '.join(open_to)}")
       )
     declared = _declared(hints.get(key))
@@ -287,7 +290,7 @@ def call(
   for p in parameters.values():
     if p.default is p.empty and p.name not in values:
       raise UserError(
-        f"{function.__name__} needs config.{name}.{p.name}; set it, as in "
+        f"{label} needs config.{name}.{p.name}; set it, as in "
         f"--config.{name}.{p.name}=VALUE"
       )
   return function(**values)

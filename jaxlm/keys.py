@@ -174,6 +174,13 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
 KEYS: dict[str, Key] = flatten(SCHEMA)
 
 
+def leaves(config: Any) -> dict[str, Any]:
+  """Like `flatten`, in the order of the schema; open keys come last."""
+  flat = flatten(config)
+  names = dict.fromkeys([*KEYS, *flat])
+  return {name: flat[name] for name in names if name in flat}
+
+
 def defaults() -> dict[str, Any]:
   """The default of every key, flat."""
   return {name: key.default for name, key in KEYS.items()}
@@ -188,21 +195,30 @@ def table() -> str:
 # --- Checks -----------------------------------------------------------------
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
   """`'; did you mean X?'` for the closest known name, else an empty text.
 
-  >>> nearest("stpes", ["seed", "steps"])
-  '; did you mean steps?'
+  >>> nearest("stpes", ["seed", "steps"], "config.")
+  '; did you mean config.steps?'
   """
   close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-  return f"; did you mean {close[0]}?" if close else ""
+  return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
 def unknown(key: str, extra: Iterable[str] = ()) -> UserError:
   """The error for a key that does not exist; `extra` are more known names."""
-  names = [f"config.{k}" for k in (*KEYS, *SCHEMA, *extra)]
-  hint = nearest(f"config.{key}", names) or "; --help lists all keys"
-  return UserError(f"unknown key config.{key}{hint}")
+  if key in SCHEMA:
+    example = f"config.{key}.{next(iter(SCHEMA[key]))}"
+    return UserError(f"config.{key} is a section; set its keys, as {example}")
+  names = [*KEYS, *extra]
+  last = key.rpartition(".")[2]
+  # The right name in the wrong place, or else a slip of the pen.
+  moved = [name for name in names if name.rpartition(".")[2] == last]
+  hint = nearest(key, moved or names, "config.")
+  hint = hint or (f"; did you mean config.{moved[0]}?" if moved else "")
+  return UserError(
+    f"unknown key config.{key}{hint or '; --help lists all keys'}"
+  )
 
 
 def is_open(key: str) -> bool:
