@@ -1,0 +1,15 @@
+"""Optimizers: everything optax has, Muon, schedules and tables by path."""
+
+from jaxlm.optim.muon import Muon
+from jaxlm.optim.optimizer import RULES, Optimizer, make
+from jaxlm.optim.schedules import SCHEDULES, Schedule, make_schedule
+
+__all__ = [
+  "Muon",
+  "Optimizer",
+  "RULES",
+  "SCHEDULES",
+  "Schedule",
+  "make",
+  "make_schedule",
+]
