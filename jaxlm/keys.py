@@ -58,6 +58,7 @@ SCHEMA: dict[str, Any] = {
   "steps_per_call": Key(1, "updates per call of the compiled step", low=1),
   "precision": Key("float32", "of the layers: float32, bfloat16 or float16"),
   "remat": Key("none", "what backward computes again: none, dots or full"),
+  "loss_chunk": Key(0, "positions whose logits are held at once; 0: all"),
   "unroll": Key(False, "write the layers out instead of scanning over them"),
   "ema": Key(0.0, "decay of the mean of the weights; 0: none", (), 0, 1),
   "spike_skip": Key(0.0, "skip gradients so many times the usual", low=0),
@@ -90,8 +91,10 @@ SCHEMA: dict[str, Any] = {
     "lr_table": Key((), "(path pattern, factor) pairs for the rate"),
     "decay_table": Key((), "(path pattern, factor) pairs for the decay"),
     "freeze": Key((), "path patterns of parameters that stay as they are"),
-    "muon_coefficients": Key("newton_schulz", "or polar_express"),
-    "muon_scale": Key("spectral", "size of an update: spectral or match_rms"),
+    "muon_coefficients": Key("polar_express", "or jordan (Newton-Schulz)"),
+    "muon_scale": Key(
+      "original", "size of an update: original or match_rms_adamw"
+    ),
     "qk_clip": Key(0.0, "largest attention logit with Muon; 0: any", low=0),
   },
   "data": {

@@ -235,6 +235,7 @@ class Muon:
     scale: a key of `SCALES`.
     per_head: whether attention heads are matrices of their own.
     dtype: of the operands of the orthogonalisation.
+    lr_ratio: learning rate of the hidden matrices over that of the rest.
   """
 
   momentum: float = 0.95
@@ -243,6 +244,7 @@ class Muon:
   scale: str = "match_rms_adamw"
   per_head: bool = False
   dtype: Any = jnp.float32
+  lr_ratio: float = 1.0
 
   def __post_init__(self):
     for name, table in (("coefficients", COEFFICIENTS), ("scale", SCALES)):

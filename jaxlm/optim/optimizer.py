@@ -135,6 +135,11 @@ def make(
   rule = RULES[optimizer.name](optimizer, tree)
   decoupled = optimizer.name in DECOUPLED
   chain += [rule, decay] if decoupled else [decay, rule]
+  if optimizer.name == "muon" and optimizer.muon.lr_ratio != 1:
+    ratio = optimizer.muon.lr_ratio
+    chain.append(
+      _scale(map_params(lambda p: ratio if p.is_hidden else 1, tree))
+    )
   if optimizer.lr_table:
     chain.append(_scale(lookup(optimizer.lr_table, tree, "lr_table")))
   chain.append(optax.scale_by_learning_rate(lr))

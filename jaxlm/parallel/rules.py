@@ -64,7 +64,7 @@ class Rules:
 def _spec(
   table: Table, axes: Sequence[str | None], shape: Sequence[int], mesh: Any
 ) -> PartitionSpec:
-  """Looks up each axis; a mesh axis serves once; what does not divide stays.
+  """Looks up each axis; a mesh axis serves once, and only if it has a size.
 
   A dimension that the mesh axes do not divide is left whole: a vocabulary of
   65 on 8 devices is replicated, and everything else is still sharded.
@@ -73,7 +73,9 @@ def _spec(
   for axis, size in zip(axes, shape, strict=True):
     names = lookup.get(axis, ()) if axis else ()
     names = (names,) if isinstance(names, str) else names
-    names = tuple(n for n in names if n in mesh.shape and n not in used)
+    names = tuple(
+      n for n in names if mesh.shape.get(n, 1) > 1 and n not in used
+    )
     if names and size % math.prod(mesh.shape[n] for n in names) == 0:
       used.update(names)
       spec.append(names if len(names) > 1 else names[0])

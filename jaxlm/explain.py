@@ -1,0 +1,169 @@
+"""`--explain`: every derived value of a config, with the rule it came by."""
+
+import math
+
+import jax
+from ml_collections import FrozenConfigDict
+
+from jaxlm import data, keys, recipe
+from jaxlm.layers import param
+from jaxlm.models.decoder import Decoder
+from jaxlm.speed import short
+
+Row = tuple[str, str, str]
+
+
+def explain(config: FrozenConfigDict) -> str:
+  """What would be trained: keys, model, data, work, memory, learning rates.
+
+  The corpus is read (its tokenizer decides the vocabulary) and the model is
+  declared, but no array of it is made and nothing is run.
+  """
+  corpus = data.prepare(**recipe.data_arguments(config))
+  model = recipe.model(config, corpus.tokenizer.vocab_size)
+  sections = [
+    ("keys", _keys(config)),
+    ("data", _data(config, corpus)),
+    ("model", _model(config, model)),
+    ("work", _work(config, corpus, model)),
+    ("memory", _memory(config, model)),
+    ("learning rates", _rates(config, model)),
+  ]
+  parts = [f"{title}\n{_table(rows)}" for title, rows in sections]
+  shapes = param.describe(model.params())
+  return "\n\n".join([*parts, "parameters\n" + _indent(shapes)])
+
+
+def _keys(config: FrozenConfigDict) -> list[Row]:
+  """All keys; those that differ from the default say so."""
+  rows = []
+  for name, value in keys.flatten(config).items():
+    key = keys.KEYS.get(name)
+    meaning = key.meaning if key else "of the model family"
+    if key and value != key.default:
+      meaning += f" (default {key.default!r})"
+    rows.append((name, repr(value), meaning))
+  return rows
+
+
+def _data(config: FrozenConfigDict, corpus: data.Dataset) -> list[Row]:
+  c = corpus.counts
+  batch = config.batch_size * config.seq_len
+  total = batch * config.steps
+  return [
+    ("vocabulary", f"{c['vocab']:,}", f"of tokenizer {config.data.tokenizer}"),
+    ("training tokens", f"{c['train_tokens']:,}", "1 - data.val_fraction"),
+    ("validation tokens", f"{c['val_tokens']:,}", "data.val_fraction"),
+    ("bytes per token", f"{c['bytes_per_token']:.3f}", "bytes / tokens"),
+    ("tokens per step", f"{batch:,}", "batch_size x seq_len"),
+    ("tokens in all", f"{total:,}", "steps x tokens per step"),
+    (
+      "epochs",
+      f"{total / c['train_tokens']:.2f}",
+      "tokens in all / training tokens",
+    ),
+  ]
+
+
+def _model(config: FrozenConfigDict, model: Decoder) -> list[Row]:
+  tree = model.params()
+  hidden = sum(p.size for p in param.paths(tree).values() if p.is_hidden)
+  return [
+    ("family", config.model.family, "model.family"),
+    ("parameters", f"{model.n_params():,}", "sum over the table below"),
+    ("hidden matrices", f"{hidden:,}", "without embeddings, head, norms"),
+    ("depth", f"{model.depth}", "blocks"),
+    ("width", f"{model.dim}", "model.dim"),
+    ("longest sequence", f"{model.max_positions:,}", "seq_len unless set"),
+  ]
+
+
+def _work(
+  config: FrozenConfigDict, corpus: data.Dataset, model: Decoder
+) -> list[Row]:
+  forward = model.flops_per_token(config.seq_len)
+  batch = config.batch_size * config.seq_len
+  total = batch * config.steps
+  events = config.eval_every and config.steps // config.eval_every
+  return [
+    (
+      "FLOPs per token",
+      f"{short(forward)} forward, {short(3 * forward)} trained",
+      "2 per weight of a matmul, plus attention; backward costs twice forward",
+    ),
+    ("FLOPs per step", short(3 * forward * batch), "trained x tokens per step"),
+    ("FLOPs in all", short(3 * forward * total), "x steps"),
+    (
+      "tokens per parameter",
+      f"{total / model.n_params():.2f}",
+      "20 is Chinchilla's optimum (arXiv:2203.15556)",
+    ),
+    ("steps", f"{config.steps:,}", "steps"),
+    ("evaluations", f"{max(events, 1):,}", "steps / eval_every, and the end"),
+  ]
+
+
+def _memory(config: FrozenConfigDict, model: Decoder) -> list[Row]:
+  """Bytes that are certain; activations depend on the compiler."""
+  tree = model.params()
+  mesh, rules = recipe.mesh(config), recipe.rules(config)
+  like = param.abstract(tree, mesh=mesh, rules=rules)
+  each = sum(
+    4 * math.prod(leaf.sharding.shard_shape(leaf.shape))
+    for leaf in jax.tree.leaves(like)
+  )
+  tx = recipe.optimizer(config, tree, recipe.schedule(config))
+  state = jax.eval_shape(tx.init, param.abstract(tree))
+  moments = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+  n = model.n_params()
+  rows = config.batch_size // config.accumulate * config.seq_len
+  where = f"on each of {mesh.size} devices, preset {config.parallel.preset}"
+  return [
+    ("parameters", f"{short(4 * n)}B", "4 bytes each, float32"),
+    ("  per device", f"{short(each)}B", where),
+    ("optimizer", f"{short(moments)}B", f"state of {config.optimizer.name}"),
+    ("gradients", f"{short(4 * n)}B", "4 bytes each, float32"),
+    (
+      "logits",
+      f"{short(4 * rows * model.vocab)}B",
+      "4 x rows x vocabulary; loss_chunk makes it less",
+    ),
+    (
+      "key-value cache",
+      f"{short(_cache_bytes(model))}B",
+      "one sequence of the longest length, while sampling",
+    ),
+  ]
+
+
+def _cache_bytes(model: Decoder) -> int:
+  return 4 * param.count(model.cache(1, model.max_positions))
+
+
+def _rates(config: FrozenConfigDict, model: Decoder) -> list[Row]:
+  """The learning rate of each group at the first, middle and last step."""
+  schedule = recipe.schedule(config)
+  at = [0, config.optimizer.warmup, config.steps // 2, config.steps - 1]
+  at = [min(max(step, 0), max(config.steps - 1, 0)) for step in at]
+  groups = {"all": 1.0}
+  if config.optimizer.name == "muon":
+    ratio = config.optimizer.muon_lr / config.optimizer.lr
+    groups = {"hidden matrices (Muon)": ratio, "the rest (AdamW)": 1.0}
+  rows = [("at step", "  ".join(f"{step:>9,}" for step in at), "")]
+  for name, factor in groups.items():
+    values = [f"{float(schedule(step)) * factor:9.3g}" for step in at]
+    rule = f"{config.optimizer.schedule}, warmup {config.optimizer.warmup}"
+    rows.append((name, "  ".join(values), rule))
+  return rows
+
+
+def _table(rows: list[Row]) -> str:
+  left = max(len(r[0]) for r in rows)
+  middle = max(len(r[1]) for r in rows)
+  return "\n".join(
+    f"  {a:{left}}  {b:{middle}}  {c}".rstrip() for a, b, c in rows
+  )
+
+
+def _indent(text: str) -> str:
+  return "\n".join("  " + line for line in text.splitlines())

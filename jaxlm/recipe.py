@@ -1,0 +1,115 @@
+"""From keys to values: what each part of a config stands for.
+
+The programs and `--explain` build a run from these functions, so that what is
+explained is what is run.
+"""
+
+from typing import Any
+
+import jax
+from ml_collections import FrozenConfigDict
+
+from jaxlm.errors import UserError
+from jaxlm.layers.compute import Compute
+from jaxlm.models.build import build as model
+from jaxlm.optim import Muon, Optimizer, Schedule, make, make_schedule
+from jaxlm.parallel.mesh import make_mesh
+from jaxlm.parallel.rules import Rules, preset
+
+__all__ = [
+  "compute",
+  "data_arguments",
+  "eval_rows",
+  "mesh",
+  "model",
+  "optimizer",
+  "rules",
+  "schedule",
+]
+
+Config = FrozenConfigDict
+EVAL_TOKENS = 8192  # in one batch of an evaluation: enough to fill a CPU
+
+
+def data_arguments(config: Config) -> dict[str, Any]:
+  """The arguments of `jaxlm.data.prepare`."""
+  names = ("path", "tokenizer", "vocab", "val_fraction", "text_key")
+  arguments = {name: config.data[name] for name in names}
+  return arguments | {"weights": config.data.weights or None}
+
+
+def eval_rows(config: Config) -> int:
+  """Rows of a validation batch: whole training batches, `EVAL_TOKENS` or so."""
+  tokens = config.batch_size * config.seq_len
+  return config.batch_size * max(1, EVAL_TOKENS // tokens)
+
+
+def rules(config: Config) -> Rules:
+  """The rule table of `parallel.preset`."""
+  return preset(config.parallel.preset)
+
+
+def mesh(config: Config) -> jax.sharding.Mesh:
+  """All devices, arranged as `parallel` says; checks that a batch divides.
+
+  Raises:
+    UserError: for a mesh that does not fit, or a batch that does not divide.
+  """
+  made = make_mesh(rules(config), config.parallel.mesh)
+  rows, parts = config.batch_size, config.accumulate
+  ways = made.shape["data"] * made.shape["fsdp"]
+  if rows % (parts * ways):
+    raise UserError(
+      f"batch_size={rows} does not divide into accumulate={parts} parts on "
+      f"{ways} groups of devices; the next that does is "
+      f"{-(-rows // (parts * ways)) * parts * ways}"
+    )
+  return made
+
+
+def compute(config: Config) -> Compute:
+  """How the model is run."""
+  known = ("float32", "bfloat16", "float16")
+  if config.precision not in known:
+    raise UserError(
+      f"precision is {config.precision!r}; it can be {', '.join(known)}"
+    )
+  return Compute(
+    dtype=config.precision,
+    remat=config.remat,
+    unroll=config.unroll,
+    rules=rules(config),
+  )
+
+
+def schedule(config: Config) -> Schedule:
+  """The learning rate by step; with Muon, that of what is not Muon's."""
+  o = config.optimizer
+  return make_schedule(o.schedule, o.lr, config.steps, o.warmup, o.end_lr)
+
+
+def optimizer(config: Config, tree: Any, lr: Schedule) -> Any:
+  """The optax transformation for the parameters declared in `tree`."""
+  o = config.optimizer
+  return make(
+    tree,
+    lr,
+    Optimizer(
+      name=o.name,
+      weight_decay=o.weight_decay,
+      clip_norm=o.clip,
+      b1=o.b1,
+      b2=o.b2,
+      eps=o.eps,
+      muon=Muon(
+        coefficients=o.muon_coefficients,
+        scale=o.muon_scale,
+        lr_ratio=o.muon_lr / o.lr if o.lr else 1.0,
+      ),
+      lr_table=o.lr_table,
+      decay_table=o.decay_table,
+      freeze_table=tuple((p, True) for p in o.freeze) + ((".*", False),)
+      if o.freeze
+      else (),
+    ),
+  )

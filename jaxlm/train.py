@@ -1,0 +1,356 @@
+"""Trains a language model: from text to weights, in one file.
+
+    python -m jaxlm.train --config=configs/tiny.py
+    python -m jaxlm.train --config=configs/tiny.py --explain
+    python -m jaxlm.train --workdir=runs/tiny          # continues that run
+
+Read `train` from top to bottom: data, model, mesh, optimizer, state, step,
+loop, end. A run is a function of its config: the order of the data and all
+randomness follow from (seed, step). So a run that was stopped, at whatever
+moment, continues to the very bits it would have had.
+"""
+
+import functools
+import itertools
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from ml_collections import FrozenConfigDict
+
+from jaxlm import data, metrics, program, recipe, speed
+from jaxlm.checkpoint import Checkpoints
+from jaxlm.config import check_continues, read, to_json
+from jaxlm.errors import UserError
+from jaxlm.evaluate import bits_per_byte, evaluate
+from jaxlm.explain import explain
+from jaxlm.files import replace
+
+# from jaxlm.generate import sample_text
+from jaxlm.interrupt import Interrupt
+from jaxlm.layers import param
+from jaxlm.metrics import Log
+from jaxlm.objectives import next_token
+from jaxlm.parallel.rules import Rules
+from jaxlm.state import TrainState, create, make_step
+
+Tree = Any
+STARTED = time.perf_counter()
+
+
+def main(argv: Sequence[str]) -> None:
+  """Trains, or with `--explain` only says what would be trained."""
+  run = program.load(argv, program.parser("Trains a language model."))
+  if run.explain:
+    print(explain(run.config))
+  else:
+    train(run.config, run.workdir)
+
+
+def train(config: FrozenConfigDict, workdir: Path) -> TrainState:
+  """Runs `config` to its end, or continues what `workdir` holds of it.
+
+  Args:
+    config: every key, as `jaxlm.program.load` gives it.
+    workdir: gets config.json, the tokenizer, checkpoints/, metrics.jsonl,
+      loss.png, samples.txt and tb/.
+
+  Returns:
+    The last state.
+
+  Raises:
+    UserError: for wrong input, a workdir of another config, a full disk, or a
+      loss that is not a number. What is already saved is never harmed.
+  """
+  _claim(workdir, config)
+
+  # --- Data -------------------------------------------------------------------
+  corpus = data.prepare(**recipe.data_arguments(config))
+  packed = config.data.windows == "packed"
+  hosts = {
+    "process_index": jax.process_index(),
+    "process_count": jax.process_count(),
+  }
+  batches = data.batches(
+    corpus.train,
+    config.seq_len,
+    config.batch_size,
+    config.seed,
+    config.data.windows,
+    corpus.weights,
+    **hosts,
+  )
+  held_out = corpus.val and data.windows(
+    corpus.val, config.seq_len, recipe.eval_rows(config), packed, **hosts
+  )
+  corpus.tokenizer.save(workdir)
+  print(f"data     {corpus.describe()}")
+
+  # --- Model and mesh ---------------------------------------------------------
+  model = recipe.model(config, corpus.tokenizer.vocab_size)
+  compute = recipe.compute(config)
+  mesh = recipe.mesh(config)
+  device = mesh.devices.flat[0].device_kind
+  print(
+    f"model    {config.model.family}, {model.n_params():,} parameters, "
+    f"{config.precision} on {mesh.size} x {device}"
+  )
+  jax.set_mesh(mesh)
+
+  # --- Optimizer and state ----------------------------------------------------
+  schedule = recipe.schedule(config)
+  tx = recipe.optimizer(config, model.params(), schedule)
+  state = _fresh_state(config, model, tx, mesh)
+  checkpoints = Checkpoints(
+    workdir / "checkpoints",
+    keep=config.checkpoint.keep,
+    best="val_loss" if config.checkpoint.best else None,
+  )
+  if checkpoints.latest() is not None:
+    state = checkpoints.restore(_places(state)).state
+    print(f"continue at step {int(state.step)} of {workdir}")
+  first = step = int(state.step)
+
+  # --- Step -------------------------------------------------------------------
+  objective = functools.partial(
+    next_token, model, compute=compute, chunk=config.loss_chunk
+  )
+
+  @functools.cache
+  def step_fn(steps: int) -> Callable:
+    return make_step(
+      objective,
+      tx,
+      seed=config.seed,
+      accumulate=config.accumulate,
+      steps=steps,
+      ema_decay=config.ema,
+    )
+
+  @jax.jit
+  def eval_fn(params: Tree, batch: Tree) -> dict[str, jax.Array]:
+    batch = jax.tree.map(lambda x: x[0, 0], batch)
+    return objective(params, batch, None)[1]
+
+  # --- Loop -------------------------------------------------------------------
+  # Metrics of a call are read after the next call has been launched, so the
+  # device never waits for the host. A checkpoint is saved before anything that
+  # may fail, and only after every loss before it was seen to be a number.
+  tokens = config.batch_size * config.seq_len
+  clock = speed.Throughput(tokens)
+  flops = 3 * model.flops_per_token(config.seq_len)
+  peak = speed.matmul_peak(compute.dtype)
+  feed = batches.stream(step)
+  log = Log(
+    workdir,
+    tensorboard=config.log.tensorboard,
+    wandb=config.log.wandb is not None,
+    config=config.to_dict(),
+    step=step,
+    write=jax.process_index() == 0,
+  )
+
+  def report(last: int, result: dict[str, jax.Array]) -> None:
+    """Reads the metrics of the steps up to `last`; logs where it is time."""
+    values = {k: np.asarray(v, np.float32) for k, v in result.items()}
+    _check_finite(values, last, workdir)
+    clock.tick(last)
+    if last - len(values["loss"]) == first:
+      print(f"start    {time.perf_counter() - STARTED:.1f} s to the first step")
+    if not _due(last, config.log_every, config.steps):
+      return
+    rate = clock.tokens_per_sec()
+    line = {k: v[-1] for k, v in values.items() if k != "weight"}
+    line["lr"] = schedule(last - 1)
+    log.scalars(last, line | _known(tokens_per_sec=rate))
+    share, left = rate * flops / peak, clock.seconds_left(config.steps)
+    print(
+      speed.progress(last, config.steps, line["loss"], rate, share, left),
+      flush=True,
+    )
+
+  def look(step: int, state: TrainState) -> float:
+    """Evaluates on the held-out text; the averaged weights, where kept."""
+    params = state.params if state.ema is None else state.ema
+    put = functools.partial(_put, mesh, compute.rules, 1)
+    found = evaluate(eval_fn, params, held_out, config.eval_batches, put)
+    loss = found["loss"]
+    bits = bits_per_byte(loss, corpus.counts["bytes_per_token"])
+    log.scalars(step, {"val_loss": loss, "val_bits_per_byte": bits})
+    print(f"step {step} | validation loss {loss:.4f}, {bits:.3f} bits per byte")
+    if config.log.histograms:
+      for name, array in param.paths(params).items():
+        log.histogram(step, name, array)
+    return loss
+
+  def sample(step: int, state: TrainState) -> None:
+    """Writes what the model says now to samples.txt."""
+    params = state.params if state.ema is None else state.ema
+    text = sample_text(model, params, corpus.tokenizer, config.sample)
+    log.text(step, "sample", text)
+    with open(workdir / "samples.txt", "a", encoding="utf-8") as file:
+      file.write(f"--- step {step}\n{text}\n\n")
+    print(f"--- a sample at step {step}\n{text}\n---")
+
+  pending = None
+  with Interrupt() as interrupted:
+    while step < config.steps and not interrupted:
+      n = min(config.steps_per_call, _next_event(config, step) - step)
+      parts = itertools.islice(feed, n)
+      batch = _put(mesh, compute.rules, config.accumulate, *parts)
+      state, result = step_fn(n)(state, batch)
+      if pending:
+        report(*pending)
+      step, pending = step + n, (step + n, result)
+      saving = _due(step, config.checkpoint_every, config.steps)
+      looking = held_out and _due(step, config.eval_every, config.steps)
+      sampling = _due(step, config.sample.every, config.steps)
+      if not (saving or looking or sampling or interrupted):
+        continue
+      report(*pending)
+      pending = None
+      with clock.paused():
+        if saving or interrupted:
+          checkpoints.save(step, state, {"step": step}, config.to_dict())
+        if interrupted:
+          break
+        if looking:
+          loss = look(step, state)
+          if step in checkpoints:
+            checkpoints.note(step, val_loss=loss)
+        if sampling and config.sample.tokens:
+          sample(step, state)
+        if looking and _stale(workdir) >= (config.early_stop or math.inf):
+          print(f"early stop: {config.early_stop} evaluations without gain")
+          break
+
+  # --- End --------------------------------------------------------------------
+  if step not in checkpoints:
+    checkpoints.save(step, state, {"step": step}, config.to_dict())
+  checkpoints.close()
+  log.close()
+  if interrupted:
+    print(f"stopped at step {step}, saved; python -m jaxlm.train", end=" ")
+    print(f"--workdir={workdir} continues")
+    sys.exit(128 + interrupted.signal)
+  plot = metrics.plot_loss(workdir)
+  used = speed.memory()["host"]
+  print(
+    f"done     {speed.short(clock.mean())} tok/s, {speed.short(used)}B peak"
+  )
+  print(f"plot     {plot}")
+  print(f"sample   python -m jaxlm.generate --workdir={workdir}")
+  return state
+
+
+# --- Parts --------------------------------------------------------------------
+
+
+def _claim(workdir: Path, config: FrozenConfigDict) -> None:
+  """Makes the workdir this config's, or checks that it already is."""
+  if (workdir / "config.json").exists():
+    check_continues(read(workdir), config, workdir)
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    replace(workdir / "config.json", to_json(config))
+  except OSError as error:
+    raise UserError(
+      f"cannot write to {workdir} ({error.strerror}); choose another --workdir"
+    ) from error
+
+
+def _fresh_state(config: FrozenConfigDict, model, tx, mesh) -> TrainState:
+  """The state of step 0, every array made where it will stay."""
+  tree, rules = model.params(), recipe.rules(config)
+
+  @jax.jit
+  def fresh() -> TrainState:
+    params = param.init(tree, jax.random.key(config.seed))
+    params = jax.tree.map(
+      jax.sharding.reshard, params, param.shardings(tree, mesh, rules)
+    )
+    return create(params, tx, config.ema > 0, config.precision == "float16")
+
+  return fresh()
+
+
+def _places(state: TrainState) -> Tree:
+  """Shapes, dtypes and shardings of the state, to restore into."""
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+    state,
+  )
+
+
+def _put(
+  mesh: jax.sharding.Mesh, rules: Rules, accumulate: int, *batches: Tree
+) -> Tree:
+  """Batches `[rows, ...]` on the devices as `[steps, accumulate, rows, ...]`.
+
+  With several processes each gives its own rows of the global batch.
+  """
+
+  def join(*parts: np.ndarray) -> jax.Array:
+    x = np.stack(parts)
+    x = x.reshape(len(parts), accumulate, -1, *x.shape[2:])
+    spec = rules.activation_spec((None, None, "batch", None), x.shape, mesh)
+    place = NamedSharding(mesh, spec)
+    return jax.make_array_from_process_local_data(place, x)
+
+  return jax.tree.map(join, *batches)
+
+
+def _next_event(config: FrozenConfigDict, step: int) -> int:
+  """The first step after `step` at which the loop has to look up."""
+  periods = (
+    config.log_every,
+    config.eval_every,
+    config.checkpoint_every,
+    config.sample.every,
+  )
+  return min([config.steps, *((step // n + 1) * n for n in periods if n)])
+
+
+def _due(step: int, every: int, steps: int) -> bool:
+  """True at every multiple of `every` (0: of nothing), and at the end."""
+  return step == steps or (every > 0 and step % every == 0)
+
+
+def _known(**values: float) -> dict[str, float]:
+  """Those that are numbers."""
+  return {k: v for k, v in values.items() if math.isfinite(v)}
+
+
+def _stale(workdir: Path) -> int:
+  """How many evaluations have passed since the best one."""
+  losses = [r["val_loss"] for r in metrics.read(workdir) if r.get("val_loss")]
+  return len(losses) - 1 - int(np.argmin(losses)) if losses else 0
+
+
+def _check_finite(values: dict, last: int, workdir: Path) -> None:
+  """Stops a run whose loss or gradient is no longer a number.
+
+  In float16 an infinite gradient is expected now and then: its step has been
+  skipped and the loss scale halved.
+  """
+  names = ["loss"] if "loss_scale" in values else ["loss", "grad_norm"]
+  for name in names:
+    bad = np.flatnonzero(~np.isfinite(values[name]))
+    if len(bad):
+      step = last - len(values[name]) + int(bad[0]) + 1
+      raise UserError(
+        f"{name} is {values[name][bad[0]]} at step {step}; the checkpoints in "
+        f"{workdir} are from before. Lower optimizer.lr, lengthen "
+        "optimizer.warmup, or set optimizer.clip or spike_skip, and start "
+        "again in another workdir"
+      )
+
+
+if __name__ == "__main__":
+  program.run(main)
