@@ -8,11 +8,13 @@ Left uncompressed: weights do not compress, and the zstd that orbax would use
 took 1.7 times the CPU time for 8 % fewer bytes.
 """
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 PyTree = Any
 Shapes = dict[str, list]  # {name: [shape, dtype]}, fit for JSON
@@ -66,18 +68,13 @@ def start_write(folder: Path, tree: PyTree) -> Callable[[], None]:
   Raises:
     OSError, ValueError: it could not be written; so does `wait()`.
   """
-  import orbax.checkpoint as ocp  # a quarter of a second: only when needed
-
+  ocp = _orbax()
   handler = ocp.PyTreeCheckpointHandler(use_compression=False)
   writer = ocp.AsyncCheckpointer(handler)
-  with _Quiet():
-    writer.save(folder, ocp.args.PyTreeSave(named(tree)))
-
-  def wait() -> None:
-    with _Quiet():
-      writer.wait_until_finished()
-
-  return wait
+  # Orbax refuses empty arrays; `read` makes them again from their shapes.
+  leaves = {name: leaf for name, leaf in named(tree).items() if leaf.size}
+  writer.save(folder, ocp.args.PyTreeSave(leaves))
+  return writer.wait_until_finished
 
 
 def read(folder: Path, like: PyTree) -> PyTree:
@@ -88,38 +85,46 @@ def read(folder: Path, like: PyTree) -> PyTree:
     like: tree of `jax.ShapeDtypeStruct`; arrays take its dtypes, and its
       shardings where given, else they go to the first device.
   """
-  import orbax.checkpoint as ocp
-
-  def to(leaf):
-    sharding = getattr(leaf, "sharding", None)
-    if sharding is None:
-      sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return ocp.ArrayRestoreArgs(
-      sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype
-    )
-
-  names = named(like)
-  places = {name: to(leaf) for name, leaf in names.items()}
+  ocp = _orbax()
+  everything = named(like)
+  names = {name: x for name, x in everything.items() if x.size}
+  places = {name: _place(x) for name, x in names.items()}
   arguments = ocp.args.PyTreeRestore(names, places, partial_restore=True)
   reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-  leaves = reader.restore(folder, arguments)
-  structure = jax.tree.structure(like)
-  return jax.tree.unflatten(structure, [leaves[name] for name in names])
+  found = reader.restore(folder, arguments) if names else {}
+  leaves = [
+    found[name] if x.size else _empty(x) for name, x in everything.items()
+  ]
+  return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
-class _Quiet:
-  """Keeps orbax from logging a traceback for an error that it raises."""
+def _empty(leaf) -> jax.Array:
+  return jax.device_put(np.empty(leaf.shape, leaf.dtype), _sharding(leaf))
 
-  def __enter__(self):
-    from absl import logging
 
-    self._logger = logging.get_absl_logger()
-    self._logger.addFilter(self._foreign)
-    return self
+def _sharding(leaf) -> jax.sharding.Sharding:
+  given = getattr(leaf, "sharding", None)
+  return given or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
-  def __exit__(self, *exc):
-    self._logger.removeFilter(self._foreign)
 
-  @staticmethod
-  def _foreign(record) -> bool:
-    return "orbax" not in record.pathname
+def _place(leaf) -> Any:
+  """Orbax's way to say shape, dtype and sharding of one array."""
+  return _orbax().ArrayRestoreArgs(
+    sharding=_sharding(leaf), global_shape=leaf.shape, dtype=leaf.dtype
+  )
+
+
+@functools.cache
+def _orbax() -> Any:
+  """The library, imported when first needed: it takes a quarter of a second.
+
+  It logs a traceback for errors that it also raises; ours are raised once.
+  """
+  import orbax.checkpoint as ocp
+  from absl import logging
+
+  def keep(record) -> bool:
+    return record.levelname != "ERROR" or "orbax" not in record.pathname
+
+  logging.get_absl_logger().addFilter(keep)
+  return ocp

@@ -86,7 +86,9 @@ def write_manifest(folder: Path, checksums: bool = True, **extra) -> None:
     for path in sorted(folder.rglob("*"))
     if path.is_file()
   }
-  write(folder / MANIFEST, json.dumps({"files": files} | extra) + "\n")
+  manifest = {"files": files} | extra
+  manifest["crc32"] = _seal(manifest)
+  write(folder / MANIFEST, json.dumps(manifest))
   for inner in {path.parent for path in folder.rglob("*")}:
     sync(inner)
 
@@ -94,8 +96,10 @@ def write_manifest(folder: Path, checksums: bool = True, **extra) -> None:
 def read_manifest(folder: Path) -> dict:
   """The manifest; raises FileNotFoundError or ValueError if it is not whole."""
   manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-  if not isinstance(manifest, dict) or "files" not in manifest:
-    raise ValueError("not a manifest")
+  if not isinstance(manifest, dict):
+    raise ValueError(f"{MANIFEST} is not a JSON object")
+  if manifest.pop("crc32", None) != _seal(manifest):
+    raise ValueError(f"{MANIFEST} has changed")
   return manifest
 
 
@@ -137,6 +141,11 @@ def reason(error: BaseException) -> str:
       return known
   lines = text.splitlines()
   return lines[0][:200] if lines else type(error).__name__
+
+
+def _seal(manifest: dict) -> int:
+  """The checksum that a manifest carries of itself."""
+  return zlib.crc32(json.dumps(manifest).encode())
 
 
 def _crc32(path: Path) -> int:

@@ -238,8 +238,9 @@ class _TensorBoard:
     self._writer.flush()
 
   def scalars(self, step: int, values: Mapping[str, float]) -> None:
-    for name, value in values.items():
-      self._add(step, self._summary.scalar(name, value))
+    value = self._summary.Summary.Value
+    points = [value(tag=n, simple_value=v) for n, v in values.items()]
+    self._add(step, self._summary.Summary(value=points))
     self._writer.flush()
 
   def histogram(self, step: int, name: str, array: np.ndarray) -> None:
@@ -367,13 +368,14 @@ def _curve(workdir, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-  """A centred mean over 2 % of the run: no lag, unlike a running average."""
-  reach = max(1, len(values) // 100)
+  """A centred mean over 4 % of the run: no lag, unlike a running average."""
+  at, last = np.arange(len(values)), len(values) - 1
+  # At the steep start the window shrinks on both sides to stay centred; at
+  # the flat end only ahead, so that the last value is a mean and no noise.
+  left = np.minimum(max(1, len(values) // 50), at)
+  right = np.minimum(left, last - at)
   total = np.cumsum(np.concatenate([[0.0], values]))
-  at = np.arange(len(values))
-  # Near the ends the window shrinks on both sides, so that it stays centred.
-  reach = np.minimum(reach, np.minimum(at, len(values) - 1 - at))
-  return (total[at + reach + 1] - total[at - reach]) / (2 * reach + 1)
+  return (total[at + right + 1] - total[at - left]) / (left + right + 1)
 
 
 def _dress(axes, train, valid) -> None:
