@@ -11,17 +11,8 @@ See docs/data.md. Heavy libraries are imported when something needs them.
 
 from jaxlm.data.dataset import Dataset, prepare
 from jaxlm.data.loader import Batches, Tokens, Windows, batches, windows
-from jaxlm.data.tokenizers import (
-  EOT,
-  ByteBPE,
-  Bytes,
-  Chars,
-  SentencePiece,
-  TextStream,
-  Tokenizer,
-  bytes_per_token,
-  load,
-)
+from jaxlm.data.tokenizer import EOT, TextStream, Tokenizer, bytes_per_token
+from jaxlm.data.tokenizers import ByteBPE, Bytes, Chars, SentencePiece, load
 
 __all__ = [
   "EOT",

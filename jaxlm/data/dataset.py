@@ -8,33 +8,19 @@ the split, and are memory-mapped from there by every later run.
 import dataclasses
 import hashlib
 import itertools
-import json
-import re
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
-from jaxlm.data import corpus, sources
+from jaxlm.data import corpus, sources, store
 from jaxlm.data.cache import cache_dir, digest, whole_folder
 from jaxlm.data.loader import Tokens
-from jaxlm.data.tokenizers import (
-  EOT,
-  ByteBPE,
-  Bytes,
-  Chars,
-  SentencePiece,
-  Tokenizer,
-  load,
-  utf8,
-)
+from jaxlm.data.tokenizer import EOT, Tokenizer, utf8
+from jaxlm.data.tokenizers import ByteBPE, Bytes, Chars, SentencePiece, load
 from jaxlm.errors import UserError
 
-_VERSION = "1"  # of the cached form; raise it when its meaning changes
-_PART = 1 << 20  # characters tokenised at a time
-_LINE_END = re.compile(r"\S\n(?=\S)")
+_VERSION = "1"  # of splits and trained tokenizers, as they are cached
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -98,14 +84,15 @@ def prepare(
       f"data.val_fraction is {val_fraction}; it must be at least 0 and below 1"
     )
   groups = _groups(path, weights)
-  raw = tokenizer == "bytes"
+  given = _given(tokenizer)
+  raw = isinstance(given, Bytes) or tokenizer == "bytes"
   splits = tuple(
     _split(_documents(group, text_key, raw), group, val_fraction)
     for group in groups
   )
   many = len(splits) > 1 or len(splits[0].lengths) > 1
-  made = _tokenizer(tokenizer, vocab, splits, (EOT,) if many else ())
-  found = [_tokens(split, made, many) for split in splits]
+  made = given or _made(tokenizer, vocab, splits, (EOT,) if many else ())
+  found = [store.tokens(split.key, split.side, made, many) for split in splits]
   train, val, spent = zip(*found, strict=True)
   val = tuple(v for v in val if len(v.ids))
   counts = {
@@ -225,18 +212,10 @@ def held_out(lengths: np.ndarray, fraction: float) -> np.ndarray:
 # --- Tokenizers -------------------------------------------------------------
 
 
-def _tokenizer(
-  name: str, vocab: int, splits: Sequence[_Split], specials: Sequence[str]
-) -> Tokenizer:
-  """The tokenizer of that name for this text, trained if it has to be."""
-  if name == "bytes":
-    return Bytes(specials)
-  if name == "chars":
-    return Chars.train(
-      itertools.chain(*(s.documents for s in splits)), specials
-    )
-  if name in ("bpe", "sentencepiece"):
-    return _trained(name, vocab, splits)
+def _given(name: str) -> Tokenizer | None:
+  """The tokenizer in a file or folder; None for the kinds that are made."""
+  if name in ("bytes", "chars", "bpe", "sentencepiece"):
+    return None
   if not Path(name).expanduser().exists():
     raise UserError(
       f"data.tokenizer is {name!r}, which is neither 'bytes', 'chars', 'bpe', "
@@ -245,7 +224,22 @@ def _tokenizer(
   return load(Path(name).expanduser())
 
 
-def _trained(name: str, vocab: int, splits: Sequence[_Split]) -> Tokenizer:
+def _made(
+  name: str, vocab: int, splits: Sequence[_Split], specials: Sequence[str]
+) -> Tokenizer:
+  """The tokenizer of that kind for this text."""
+  if name == "bytes":
+    return Bytes(specials)
+  if name == "chars":
+    # All the text, as nanoGPT: validation may hold a character of its own.
+    texts = itertools.chain(*(s.documents for s in splits))
+    return Chars.train(texts, specials)
+  return _trained(name, vocab, splits, specials)
+
+
+def _trained(
+  name: str, vocab: int, splits: Sequence[_Split], specials: Sequence[str]
+) -> Tokenizer:
   """Trains on the training texts, or loads what an earlier run trained."""
   import sentencepiece
   import tokenizers
@@ -255,139 +249,14 @@ def _trained(name: str, vocab: int, splits: Sequence[_Split]) -> Tokenizer:
     "sentencepiece": (SentencePiece, sentencepiece),
   }[name]
   keys = [s.key for s in splits]
-  key = digest(_VERSION, name, str(vocab), library.__version__, *keys)
+  form = (_VERSION, name, str(vocab), str(specials), library.__version__)
+  key = digest(*form, *keys)
   folder = cache_dir() / "tokenizers" / key
   if not folder.is_dir():
     texts = itertools.chain(*(s.side(val=False) for s in splits))
-    made = kind.train((p for t in texts for p, _ in _parts(t)), vocab)
+    made = kind.train(
+      (p for t in texts for p, _ in store.parts(t)), vocab, specials
+    )
     with whole_folder(folder) as temp:
       made.save(temp)
   return load(folder)
-
-
-# --- Token streams ----------------------------------------------------------
-
-
-def _tokens(
-  split: _Split, tokenizer: Tokenizer, many: bool
-) -> tuple[Tokens, Tokens, int]:
-  """Both streams of a split, from the cache or made now; tokens of text."""
-  key = digest(_VERSION, split.key, tokenizer.fingerprint(), str(many))
-  folder = cache_dir() / "tokens" / key
-  for attempt in range(2):
-    if not folder.is_dir():
-      with whole_folder(folder) as temp:
-        spent = [
-          _write(temp / side, split.side(side == "val"), tokenizer, many)
-          for side in ("train", "val")
-        ]
-        (temp / "meta.json").write_text(json.dumps({"spent": sum(spent)}))
-    try:
-      meta = json.loads((folder / "meta.json").read_text())
-      return (_read(folder / "train"), _read(folder / "val"), meta["spent"])
-    except (OSError, ValueError, KeyError) as error:
-      # Somebody damaged the cache: make it again, once.
-      if attempt:
-        raise UserError(f"cannot read the cache {folder}: {error}") from error
-      shutil.rmtree(folder, ignore_errors=True)
-  raise AssertionError("unreachable")
-
-
-def _write(
-  path: Path, texts: Iterable[str | bytes], tokenizer: Tokenizer, many: bool
-) -> int:
-  """Writes PATH.ids.npy and PATH.docs.npy; returns the tokens of text."""
-  eot = tokenizer.eot if many else None
-  ends = [] if eot is None else [eot]
-  dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-  docs, total, spent, begin = [], 0, 0, 0
-  with open(f"{path}.ids.npy", "wb") as file:
-    start = _header(file, dtype, 0)
-    for number, (ids, last) in enumerate(_encoded(texts, tokenizer)):
-      if number == 0:
-        total += _append(file, ends, dtype, tokenizer)
-      spent += _append(file, ids, dtype, tokenizer)
-      total += len(ids)
-      if last:
-        total += _append(file, ends, dtype, tokenizer)
-        docs.append((begin, total - 1))
-        begin = total - len(ends)
-    file.seek(0)
-    assert _header(file, dtype, total) == start
-  np.save(f"{path}.docs.npy", np.array(docs, np.int64).reshape(-1, 2))
-  return spent
-
-
-def _encoded(
-  texts: Iterable[str | bytes], tokenizer: Tokenizer
-) -> Iterator[tuple[np.ndarray, bool]]:
-  """Ids of the texts in parts, each with whether it ends its text."""
-  waiting: list[str | bytes] = []
-  lasts: list[bool] = []
-  size = 0
-  for part, last in (pair for text in texts for pair in _parts(text)):
-    waiting.append(part)
-    lasts.append(last)
-    size += len(part)
-    if size >= 4 * _PART:
-      yield from zip(tokenizer.encode_many(waiting), lasts, strict=True)
-      waiting, lasts, size = [], [], 0
-  yield from zip(tokenizer.encode_many(waiting), lasts, strict=True)
-
-
-def _parts(text: str | bytes) -> Iterator[tuple[str | bytes, bool]]:
-  """Cuts a long text where no tokenizer's word can cross; marks the last part.
-
-  That is after a newline between two visible characters: byte-level BPE keeps
-  such a newline apart from what follows, and so does SentencePiece as it is
-  trained here, so the ids are those of the whole text.
-  """
-  start = 0
-  while len(text) - start > _PART:
-    if isinstance(text, bytes):
-      stop = start + _PART
-    else:
-      found = _LINE_END.search(text, start + _PART)
-      if found is None:
-        break
-      stop = found.end()
-    yield text[start:stop], False
-    start = stop
-  yield text[start:], True
-
-
-def _append(
-  file: BinaryIO, ids: Sequence[int], dtype: type, tokenizer: Tokenizer
-) -> int:
-  """Writes ids after checking that the vocabulary has them."""
-  ids = np.asarray(ids, np.int64)
-  if ids.size and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
-    raise UserError(
-      f"the tokenizer gave id {ids.max()} with {tokenizer.vocab_size} tokens "
-      "in its vocabulary; its file is inconsistent"
-    )
-  file.write(ids.astype(dtype).tobytes())
-  return len(ids)
-
-
-def _header(file: BinaryIO, dtype: type, count: int) -> int:
-  """Writes the .npy header of a [count] array; returns where data begins.
-
-  numpy pads headers so that a longer first axis fits the same bytes, which is
-  what lets an array be appended to.
-  """
-  form = {
-    "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
-    "fortran_order": False,
-    "shape": (count,),
-  }
-  np.lib.format.write_array_header_1_0(file, form)
-  return file.tell()
-
-
-def _read(path: Path) -> Tokens:
-  """Opens what `_write` wrote; ids are memory-mapped where they are many."""
-  name = Path(f"{path}.ids.npy")
-  mode = "r" if name.stat().st_size > 1 << 24 else None
-  ids = np.load(name, mmap_mode=mode)
-  return Tokens(ids, np.load(f"{path}.docs.npy"))

@@ -55,7 +55,8 @@ def batches(
       documents side by side, each epoch in a new order, giving segments,
       positions and mask as well (see `jaxlm.data.pack.render`).
     weights: share of the rows from each source (of equal size by default).
-    process_index, process_count: this host and the number of hosts.
+    process_index: which host this is.
+    process_count: how many there are.
 
   Raises:
     UserError: if a stream is shorter than seq_len + 1, or sizes do not fit.
@@ -66,7 +67,7 @@ def batches(
   if windows not in makers:
     raise UserError(f"windows is {windows!r}; it can be 'random' or 'packed'")
   for source in sources:
-    _check_length(source, seq_len, windows)
+    _check_length(source, seq_len)
   made = [
     makers[windows](source, seq_len, seed, k)
     for k, source in enumerate(sources)
@@ -140,7 +141,8 @@ def windows(
     batch_size: rows in the global batch.
     packed: lay out as the 'packed' batches (with segments and positions);
       otherwise rows are consecutive stretches of the stream.
-    process_index, process_count: this host and the number of hosts.
+    process_index: which host this is.
+    process_count: how many there are.
 
   Raises:
     UserError: if the split is empty or sizes do not fit.
@@ -245,10 +247,10 @@ class _Mix:
   def __init__(self, weights: np.ndarray, length: int = 1000):
     share = weights * length
     counts = np.maximum(np.floor(share).astype(np.int64), 1)
-    while counts.sum() != length:
-      lack = share - counts
-      step = 1 if counts.sum() < length else -1
-      counts[np.argmax(lack) if step > 0 else np.argmin(lack)] += step
+    while counts.sum() < length:
+      counts[np.argmax(share - counts)] += 1
+    while counts.sum() > length:
+      counts[np.argmin(np.where(counts > 1, share - counts, np.inf))] -= 1
     rank = np.concatenate([np.arange(n) for n in counts])
     source = np.repeat(np.arange(len(counts)), counts)
     order = np.argsort((rank + 0.5) / counts[source], kind="stable")
@@ -273,8 +275,10 @@ def _bits(count: int, seed: int, index: int, purpose: int = 0) -> np.ndarray:
 
 
 def _normalise(weights: Sequence[float] | None, count: int) -> np.ndarray:
-  if weights is None:
-    return np.full(count, 1 / count)
+  if not weights:
+    weights = [1.0] * count
+  if count > 1000:
+    raise UserError(f"a mixture of {count} paths; at most 1,000 are possible")
   given = np.asarray(weights, np.float64)
   if given.shape != (count,) or not np.all(given > 0) or given.sum() == np.inf:
     raise UserError(
@@ -296,14 +300,14 @@ def _share(batch_size: int, process_index: int, process_count: int) -> range:
   return range(process_index * each, (process_index + 1) * each)
 
 
-def _check_length(tokens: Tokens, seq_len: int, windows: str) -> None:
-  """A random window must fit the stream; packed rows may be padded."""
+def _check_length(tokens: Tokens, seq_len: int) -> None:
+  """A sequence and the target of its last token must fit the stream."""
   if seq_len < 1:
     raise UserError(f"the sequence length is {seq_len}; it must be positive")
   count = len(tokens.ids)
   if count < 2 or not np.any(tokens.docs[:, 1] > tokens.docs[:, 0]):
     raise UserError("the training split is empty; give more text")
-  if windows == "random" and count < seq_len + 1:
+  if count < seq_len + 1:
     raise UserError(
       f"a sequence of {seq_len} tokens is longer than the training text "
       f"({count} tokens); use a shorter sequence or more text"

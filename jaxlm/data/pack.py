@@ -49,9 +49,8 @@ def pack(docs: np.ndarray, seq_len: int) -> Layout:
 
   A document longer than a row is cut into full rows and a rest; the rests and
   the short documents go, longest first, each into the fullest row that still
-  has room (best-fit decreasing: never more than 11/9 of the fewest rows, plus
-  one; in practice a fraction of a percent of padding). No document that fits
-  a row is ever cut, so each is seen with its whole context.
+  has room (best-fit decreasing, arXiv:2404.10830). No document that fits a row
+  is ever cut, so each is seen with its whole context.
 
   Args:
     docs: [D, 2] first and last-plus-one pair of each document.

@@ -1,112 +1,24 @@
-"""Four ways between text and token ids, behind one small interface.
+"""Four ways between text and token ids.
 
     Bytes           the 256 bytes of UTF-8; nothing to train, encodes anything
     Chars           the characters of one corpus, as in char-rnn and nanoGPT
     ByteBPE         byte-level BPE of Hugging Face `tokenizers`
     SentencePiece   unigram or BPE pieces with byte fallback
 
-All of them are lossless: `decode(encode(text)) == text` for every string
-(Chars: over its own alphabet; a SentencePiece model from elsewhere: as far as
-its normaliser allows). Special tokens such as <|endoftext|> have ids of their
-own that text cannot reach: `encode` spells them out like any other text unless
-the caller allows them by name, so a user cannot end a document or a turn.
+Those made here are lossless: `decode(encode(text)) == text` for every string
+(Chars: of its own alphabet). A vocabulary from elsewhere is as lossless as its
+normaliser.
 """
 
-import codecs
+import io
 import json
-import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from jaxlm.data.cache import digest, write_whole
+from jaxlm.data.tokenizer import EOT, Tokenizer, utf8
 from jaxlm.errors import UserError
-
-EOT = "<|endoftext|>"
-_ENDS = (EOT, "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>")
-
-
-class Tokenizer:
-  """What every tokenizer offers; the subclasses fill in four hooks.
-
-  Attributes:
-    vocab_size: ids are 0 .. vocab_size - 1.
-    specials: id of every special token, by its name.
-  """
-
-  vocab_size: int
-  specials: dict[str, int]
-
-  @property
-  def eot(self) -> int | None:
-    """Id of the token that ends a document, or None if there is none."""
-    return next((self.specials[n] for n in _ENDS if n in self.specials), None)
-
-  def encode(
-    self, text: str, allow_special: bool | Collection[str] = False
-  ) -> np.ndarray:
-    """Token ids of a text, int32 [n].
-
-    Args:
-      text: any string without lone surrogates.
-      allow_special: the names of special tokens to recognise in the text, or
-        True for all of them. By default none: "<|endoftext|>" is 13 ordinary
-        characters.
-
-    Raises:
-      UserError: if the text cannot be expressed in this vocabulary.
-    """
-    names = self.specials if allow_special is True else allow_special or ()
-    names = [re.escape(name) for name in names if name in self.specials]
-    if not names:
-      return self._encode([text])[0]
-    pieces = re.split(f"({'|'.join(names)})", text)
-    ids = self._encode(pieces[::2])
-    for i, name in enumerate(pieces[1::2]):
-      ids.insert(2 * i + 1, np.array([self.specials[name]], np.int32))
-    return np.concatenate(ids)
-
-  def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
-    """`encode` of each text, on all cores where the library can."""
-    return self._encode(list(texts))
-
-  def decode_bytes(self, ids: Iterable[int], start: bool = True) -> bytes:
-    """The UTF-8 bytes that the ids stand for; may end within a character.
-
-    `start=False` continues a text: no leading space is taken off by the
-    SentencePiece models that add one.
-    """
-    ids = np.asarray(ids, np.int64).reshape(-1)
-    bad = ids[(ids < 0) | (ids >= self.vocab_size)]
-    if bad.size:
-      raise UserError(
-        f"token id {bad[0]} is outside this tokenizer's vocabulary "
-        f"(0..{self.vocab_size - 1}); was it made with another tokenizer?"
-      )
-    return self._decode(ids, start)
-
-  def decode(self, ids: Iterable[int]) -> str:
-    """Text of the ids; bytes that are no UTF-8 become U+FFFD."""
-    return self.decode_bytes(ids).decode("utf-8", errors="replace")
-
-  def fingerprint(self) -> str:
-    """A hash of all that `save` writes: equal tokenizers, equal ids."""
-    return digest(*(x for pair in self._files().items() for x in pair))
-
-  def save(self, folder: str | Path) -> None:
-    """Writes the file that `load` reads back (its name depends on kind)."""
-    for name, content in self._files().items():
-      write_whole(Path(folder) / name, content)
-
-  def _encode(self, texts: list[str]) -> list[np.ndarray]:
-    raise NotImplementedError
-
-  def _decode(self, ids: np.ndarray, start: bool) -> bytes:
-    raise NotImplementedError
-
-  def _files(self) -> dict[str, bytes]:
-    raise NotImplementedError
 
 
 class Bytes(Tokenizer):
@@ -211,6 +123,11 @@ class ByteBPE(Tokenizer):
     self.vocab_size = max(vocab.values()) + 1
     self._content = content
     self._table = self._bytes_of(vocab, {a["content"] for a in added})
+    if self.decode(self.encode("A b")) != "A b":
+      raise UserError(
+        "this tokenizer.json changes plain text (perhaps by add_prefix_space "
+        "or a lowercasing normalizer), so it cannot be read back; turn that off"
+      )
 
   @classmethod
   def train(
@@ -299,7 +216,7 @@ class SentencePiece(Tokenizer):
     mark = [self._sp.piece_to_id(f"<0x{b:02X}>") for b in utf8("▁")]
     self._mark = mark if all(self._sp.is_byte(i) for i in mark) else None
     # Most published models put a space before the text; ours do not.
-    self._adds_space = self._sp.decode(self._sp.encode("▁a")) == "a"
+    self._adds_space = self._sp.encode_as_pieces("a")[0].startswith("▁")
 
   @classmethod
   def train(
@@ -314,8 +231,6 @@ class SentencePiece(Tokenizer):
     no normalisation, no added space, byte fallback for what is rare. Lines
     are the units, so a newline is always the byte piece <0x0A>.
     """
-    import io
-
     import sentencepiece
 
     least = 257 + len(specials)
@@ -359,7 +274,7 @@ class SentencePiece(Tokenizer):
 
   def _encode_one(self, text: str) -> list[int]:
     utf8(text)
-    if self._mark is None or "▁" not in text:
+    if self._mark is None or self._adds_space or "▁" not in text:
       return self._sp.encode(text)
     head, *rest = text.split("▁")
     ids = self._sp.encode(head)
@@ -373,27 +288,6 @@ class SentencePiece(Tokenizer):
 
   def _files(self) -> dict[str, bytes]:
     return {"tokenizer.model": self._proto}
-
-
-class TextStream:
-  """Turns ids that arrive one by one into text, never half a character.
-
-  >>> stream = TextStream(Bytes())
-  >>> [stream.push([i]) for i in "é!".encode()]
-  ['', 'é', '!']
-  """
-
-  def __init__(self, tokenizer: Tokenizer):
-    self._tokenizer = tokenizer
-    self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-  def push(self, ids: Iterable[int]) -> str:
-    """The text that became complete with these ids; often empty or one word."""
-    return self._decoder.decode(self._tokenizer.decode_bytes(ids, start=False))
-
-  def flush(self) -> str:
-    """What is left at the end: U+FFFD for a character that never came whole."""
-    return self._decoder.decode(b"", final=True)
 
 
 def load(path: str | Path) -> Tokenizer:
@@ -431,29 +325,6 @@ def load(path: str | Path) -> Tokenizer:
   if kind == "chars":
     return Chars(form["alphabet"], form["specials"])
   return ByteBPE(content.decode("utf-8"))
-
-
-def bytes_per_token(tokenizer: Tokenizer, texts: Sequence[str]) -> float:
-  """How many bytes of UTF-8 a token stands for: higher means fewer steps.
-
-  Losses of different tokenizers compare as bits per byte:
-  loss / (ln 2 * bytes_per_token).
-  """
-  tokens = sum(len(ids) for ids in tokenizer.encode_many(texts))
-  if not tokens:
-    raise UserError("bytes per token of an empty text is undefined")
-  return sum(len(utf8(text)) for text in texts) / tokens
-
-
-def utf8(text: str) -> bytes:
-  """UTF-8 of a text; a lone surrogate in it is a UserError."""
-  try:
-    return text.encode("utf-8")
-  except UnicodeEncodeError as error:
-    raise UserError(
-      f"the text has a lone surrogate at position {error.start}, which is no "
-      "character; decode its file as UTF-8 or use tokenizer='bytes' on it"
-    ) from error
 
 
 def _code_points(text: str) -> np.ndarray:
