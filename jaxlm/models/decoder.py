@@ -309,7 +309,11 @@ def _segment(
   compute: Compute,
   first: int,
 ) -> tuple[Array, Tree | None]:
-  """A pattern of blocks `n` times over, scanned or written out."""
+  """A pattern of blocks `n` times over, scanned or written out.
+
+  The layers of `params` and `cache` are stacked, or apart (`layers_apart`):
+  then they are written out, and an updated cache is apart as well.
+  """
   tree = {str(j): b.params() for j, b in enumerate(pattern)}
   numbers = first + len(pattern) * jnp.arange(n, dtype=jnp.int32)
 
@@ -328,22 +332,34 @@ def _segment(
     return x, new if cache is not None else None
 
   body = _remat(body, compute)
-  if not compute.unroll:
+  if not compute.unroll and not isinstance(params, tuple):
     return jax.lax.scan(body, x, (params, cache, numbers))
   new = []
   layers = zip(unstack(params, n), unstack(cache, n), range(n), strict=True)
   for p, c, i in layers:
     x, c = body(x, (p, c, numbers[i]))
     new.append(c)
-  if cache is None:
-    return x, None
+  if cache is None or isinstance(cache, tuple):
+    return x, None if cache is None else tuple(new)
   return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *new)
+
+
+def layers_apart(model: Decoder, layers: Tree) -> Tree:
+  """One tree per layer instead of stacked arrays, for parameters or a cache.
+
+  Generation wants this: a cache that is apart is updated in place, and no
+  step has to cut the weights out of their stack.
+  """
+  return {
+    str(i): tuple(unstack(layers[str(i)], n))
+    for i, (_, n) in enumerate(model.layers)
+  }
 
 
 def unstack(tree: Tree, n: int) -> list[Tree]:
   """The `n` layers of a stacked tree; gradients come back by concatenation."""
-  if tree is None:
-    return [None] * n
+  if tree is None or isinstance(tree, tuple):
+    return [None] * n if tree is None else list(tree)
   leaves, structure = jax.tree.flatten(tree)
   parts = [jax.lax.split(leaf, (1,) * n, axis=0) for leaf in leaves]
   return [
