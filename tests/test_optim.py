@@ -191,6 +191,20 @@ def test_first_match_wins_in_decay_table():
   assert float(updates["embed"][0, 0]) == pytest.approx(-0.1)
 
 
+def test_muon_has_its_own_learning_rate():
+  """`lr_ratio` multiplies Muon's matrices, their decay too, and no other."""
+  params = model_params()
+  grads = jax.tree.map(jnp.cos, params)
+  plain = make(MODEL, 0.1, Optimizer("muon"))
+  faster = make(MODEL, 0.1, Optimizer("muon", muon=Muon(lr_ratio=20.0)))
+  a, _ = plain.update(grads, plain.init(params), params)
+  b, _ = faster.update(grads, faster.init(params), params)
+  np.testing.assert_allclose(
+    b["layers"][0]["q"], 20 * a["layers"][0]["q"], rtol=1e-6
+  )
+  np.testing.assert_array_equal(b["embed"], a["embed"])
+
+
 @pytest.mark.parametrize("name", ["momentum", "adamw", "muon"])
 def test_frozen_parameters_do_not_move_and_have_no_state(name):
   """Exactly zero update, and nothing of their shape in the state."""

@@ -1,5 +1,6 @@
 """Optimizers: everything optax has, Muon, schedules and tables by path."""
 
+from jaxlm.optim.guards import qk_clip, skip_spikes
 from jaxlm.optim.muon import Muon
 from jaxlm.optim.optimizer import RULES, Optimizer, make
 from jaxlm.optim.schedules import SCHEDULES, Schedule, make_schedule
@@ -12,4 +13,6 @@ __all__ = [
   "Schedule",
   "make",
   "make_schedule",
+  "qk_clip",
+  "skip_spikes",
 ]

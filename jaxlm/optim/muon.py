@@ -233,6 +233,7 @@ class Muon:
     nesterov: whether the gradient counts twice, as in Nesterov's method.
     coefficients: a key of `COEFFICIENTS`.
     scale: a key of `SCALES`.
+    lr_ratio: the learning rate of Muon's matrices over that of the rest.
     per_head: whether attention heads are matrices of their own.
     dtype: of the operands of the orthogonalisation.
     lr_ratio: learning rate of the hidden matrices over that of the rest.

@@ -3,7 +3,7 @@
 `make` chains, in this order:
 
   clip by global norm → coupled decay → the rule → decoupled decay
-  → learning rate multiplier → learning rate
+  → learning rate multiplier → learning rate → QK clip
 
 and returns one optax transformation. Rules come from optax, Muon from
 `muon.py`. Under 'muon', hidden matrices are Muon's, and AdamW has the rest:
@@ -24,6 +24,7 @@ import optax
 
 from jaxlm.errors import UserError
 from jaxlm.layers.param import Tree, decay_mask, map_params
+from jaxlm.optim.guards import qk_clip
 from jaxlm.optim.muon import Muon, scale_by_muon
 from jaxlm.optim.schedules import Schedule
 from jaxlm.optim.tables import Table, lookup
@@ -49,6 +50,8 @@ class Optimizer:
     decay_table: multipliers of `weight_decay` by path, in place of 1 for
       matrices and 0 for the rest.
     freeze_table: True by path for what must not change.
+    qk_clip: largest attention logit, see `guards.qk_clip`; 0 for any. With it,
+      `update` needs the extra argument `max_logits`.
   """
 
   name: str = "adamw"
@@ -62,6 +65,7 @@ class Optimizer:
   lr_table: Table = ()
   decay_table: Table = ()
   freeze_table: Table = ()
+  qk_clip: float = 0.0
 
   def __post_init__(self):
     if self.name not in RULES:
@@ -69,7 +73,7 @@ class Optimizer:
       hint = f"did you mean {near[0]!r}? " if near else ""
       known = ", ".join(RULES)
       raise UserError(f"unknown optimizer {self.name!r}; {hint}known: {known}")
-    for key in ("weight_decay", "clip_norm", "eps"):
+    for key in ("weight_decay", "clip_norm", "eps", "qk_clip"):
       if getattr(self, key) < 0:
         raise UserError(f"the optimizer's {key} must not be negative")
     for key in ("momentum", "b1", "b2"):
@@ -140,9 +144,9 @@ def make(
     chain.append(
       _scale(map_params(lambda p: ratio if p.is_hidden else 1, tree))
     )
-  if optimizer.lr_table:
-    chain.append(_scale(lookup(optimizer.lr_table, tree, "lr_table")))
-  chain.append(optax.scale_by_learning_rate(lr))
+  chain += [_scale(tree, optimizer), optax.scale_by_learning_rate(lr)]
+  if optimizer.qk_clip:
+    chain.append(qk_clip(tree, optimizer.qk_clip))
   return _permissive(_freeze(optax.chain(*chain), tree, optimizer))
 
 
@@ -168,8 +172,16 @@ def _decay(tree: Tree, o: Optimizer) -> optax.GradientTransformation:
   return optax.stateless(add)
 
 
-def _scale(factors: Tree) -> optax.GradientTransformation:
-  """Multiplies each update by its own factor."""
+def _scale(tree: Tree, o: Optimizer) -> optax.GradientTransformation:
+  """Multiplies each update by its path's factor, and Muon's by their ratio."""
+  factors = map_params(lambda _: 1.0, tree)
+  if o.lr_table:
+    factors = lookup(o.lr_table, tree, "lr_table")
+  if o.name == "muon":
+    ratio = o.muon.lr_ratio
+    factors = map_params(
+      lambda p, f: ratio * f if p.is_hidden else f, tree, factors
+    )
 
   def scale(updates: Tree, params: Tree) -> Tree:
     del params

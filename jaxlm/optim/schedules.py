@@ -131,7 +131,12 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
 
 
 def make_schedule(
-  name: str, peak: float, steps: int, warmup: int = 0, final: float = 0.0
+  name: str,
+  peak: float,
+  steps: int,
+  warmup: int = 0,
+  final: float = 0.0,
+  decay: float = 0.2,
 ) -> Schedule:
   """The schedule called `name`, with its numbers checked.
 
@@ -141,6 +146,7 @@ def make_schedule(
     steps: length of the run.
     warmup: steps until `peak` is reached.
     final: last rate as a fraction of `peak`.
+    decay: share of the steps in which 'wsd' decays.
 
   Raises:
     UserError: for an unknown name or impossible numbers.
@@ -156,12 +162,15 @@ def make_schedule(
       f"warm-up takes {warmup} of {steps} steps; it must be shorter than the"
       " run: lower the warm-up or raise the steps"
     )
+  if not 0 < decay <= 1:
+    raise UserError(f"the decay takes {decay} of the steps; use 0 < share <= 1")
   if peak < 0 or not 0 <= final <= 1:
     raise UserError(
       f"learning rate {peak} with final fraction {final}: the rate must not be"
       " negative, and the fraction must be between 0 and 1"
     )
-  return SCHEDULES[name](peak, steps, warmup, final)
+  more = (decay,) if name == "wsd" else ()
+  return SCHEDULES[name](peak, steps, warmup, final, *more)
 
 
 def _warm(schedule: Schedule, peak: float, warmup: int) -> Schedule:
