@@ -60,13 +60,17 @@ class Log:
     self._workdir, self._sinks = workdir, []
     if not write:
       return
-    with self._explained():
-      workdir.mkdir(parents=True, exist_ok=True)
-      self._sinks.append(_Lines(workdir / "metrics.jsonl", step))
-      if tensorboard:
-        self._sinks.append(_TensorBoard(workdir / "tb", config or {}, step))
-      if wandb:
-        self._sinks.append(_Wandb(workdir, config or {}))
+    try:
+      with self._explained():
+        workdir.mkdir(parents=True, exist_ok=True)
+        self._sinks.append(_Lines(workdir / "metrics.jsonl", step))
+        if tensorboard:
+          self._sinks.append(_TensorBoard(workdir / "tb", config or {}, step))
+        if wandb:
+          self._sinks.append(_Wandb(workdir, config or {}))
+    except BaseException:
+      self.close()
+      raise
 
   def scalars(self, step: int, values: Mapping[str, Any]) -> None:
     """Records named numbers (or 0-d arrays) of one step."""

@@ -169,7 +169,6 @@ def test_restores_onto_another_mesh(tmp_path, count):
   assert len(got["x"].addressable_shards) == count
 
 
-@pytest.mark.slow
 def test_restores_in_a_process_with_three_devices(tmp_path):
   """A process that has fewer devices than those that saved reads it."""
   mesh = jax.make_mesh((8,), ("data",))
@@ -183,7 +182,7 @@ def test_restores_in_a_process_with_three_devices(tmp_path):
     "x = jax.ShapeDtypeStruct((24,), 'float32', sharding=where)\n"
     "c = Checkpoints(sys.argv[1], read_only=True)\n"
     "x = c.restore({'x': x}).state['x']\n"
-    "assert len(x.addressable_shards) == 3 and (x == x.at[:].get()).all()\n"
+    "assert len(x.addressable_shards) == 3\n"
     "assert x.tolist() == list(range(24))\n"
   )
   flags = "--xla_force_host_platform_device_count=3"
