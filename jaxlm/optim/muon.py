@@ -236,16 +236,15 @@ class Muon:
     lr_ratio: the learning rate of Muon's matrices over that of the rest.
     per_head: whether attention heads are matrices of their own.
     dtype: of the operands of the orthogonalisation.
-    lr_ratio: learning rate of the hidden matrices over that of the rest.
   """
 
   momentum: float = 0.95
   nesterov: bool = True
   coefficients: str = "polar_express"
   scale: str = "match_rms_adamw"
+  lr_ratio: float = 1.0
   per_head: bool = False
   dtype: Any = jnp.float32
-  lr_ratio: float = 1.0
 
   def __post_init__(self):
     for name, table in (("coefficients", COEFFICIENTS), ("scale", SCALES)):

@@ -139,11 +139,6 @@ def make(
   rule = RULES[optimizer.name](optimizer, tree)
   decoupled = optimizer.name in DECOUPLED
   chain += [rule, decay] if decoupled else [decay, rule]
-  if optimizer.name == "muon" and optimizer.muon.lr_ratio != 1:
-    ratio = optimizer.muon.lr_ratio
-    chain.append(
-      _scale(map_params(lambda p: ratio if p.is_hidden else 1, tree))
-    )
   chain += [_scale(tree, optimizer), optax.scale_by_learning_rate(lr)]
   if optimizer.qk_clip:
     chain.append(qk_clip(tree, optimizer.qk_clip))
