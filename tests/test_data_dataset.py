@@ -49,6 +49,7 @@ def test_single_text(kind: str, corpus: str) -> None:
   if kind != "bytes":
     assert len(parts[0].decode()) == int(0.9 * size)
   assert data.counts["characters"] == size
+  assert data.counts["val_bytes"] == len(parts[1])
   assert data.counts["train_tokens"] == len(train.ids)
   assert train.docs.tolist() == [[0, len(train.ids) - 1]]
   assert data.tokenizer.eot is None  # there is no end of a document to learn
@@ -123,12 +124,14 @@ def test_cache_key_has_everything(corpus: str, tmp_path: Path) -> None:
 
 def test_damaged_cache_is_made_again(corpus: str, cache: Path) -> None:
   """A truncated or missing file costs time, not the run."""
-  good = prepare(corpus, tokenizer="chars")
-  file = next(cache.glob("tokens/*/train.ids.npy"))
-  for harm in (lambda: file.write_bytes(file.read_bytes()[:50]), file.unlink):
-    harm()
-    again = prepare(corpus, tokenizer="chars")
-    assert np.array_equal(again.train[0].ids, good.train[0].ids)
+  good = prepare(corpus, tokenizer="bpe", vocab=300)
+  for name in ("tokens/*/train.ids.npy", "tokenizers/*/tokenizer.json"):
+    file = next(cache.glob(name))
+    cut = file.read_bytes()[:50]
+    for harm in (lambda f=file, c=cut: f.write_bytes(c), file.unlink):
+      harm()
+      again = prepare(corpus, tokenizer="bpe", vocab=300)
+      assert np.array_equal(again.train[0].ids, good.train[0].ids)
 
 
 def test_kill_while_writing_leaves_nothing(corpus: str, monkeypatch) -> None:

@@ -195,7 +195,7 @@ def test_validation_by_hand() -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_prefetch_keeps_the_order(case: str) -> None:
-  """The iterator of grain gives steps 7, 8, 9, ... and resumes from its state."""
+  """An iterator gives steps 7, 8, 9, ... and resumes from its state."""
   made = make(case)
   ahead = made.stream(7, ahead=3)
   for step in range(7, 17):

@@ -8,6 +8,7 @@ the split, and are memory-mapped from there by every later run.
 import dataclasses
 import hashlib
 import itertools
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -32,7 +33,7 @@ class Dataset:
     tokenizer: what made the ids.
     weights: share of each source in training, or None.
     counts: documents, characters (bytes, if the text was read as bytes),
-      bytes, train_tokens, val_tokens, vocab, bytes_per_token.
+      bytes, val_bytes, train_tokens, val_tokens, vocab, bytes_per_token.
   """
 
   train: tuple[Tokens, ...]
@@ -93,16 +94,18 @@ def prepare(
   many = len(splits) > 1 or len(splits[0].lengths) > 1
   made = given or _made(tokenizer, vocab, splits, (EOT,) if many else ())
   found = [store.tokens(split.key, split.side, made, many) for split in splits]
-  train, val, spent = zip(*found, strict=True)
+  train, val, sizes = zip(*found, strict=True)
   val = tuple(v for v in val if len(v.ids))
+  of_text = sum(s[side]["tokens"] for s in sizes for side in s)
   counts = {
     "documents": sum(len(s.lengths) for s in splits),
     "characters": int(sum(s.lengths.sum() for s in splits)),
     "bytes": sum(s.bytes for s in splits),
+    "val_bytes": sum(s["val"]["bytes"] for s in sizes),
     "train_tokens": sum(len(t.ids) for t in train),
     "val_tokens": sum(len(v.ids) for v in val),
     "vocab": made.vocab_size,
-    "bytes_per_token": sum(s.bytes for s in splits) / sum(spent),
+    "bytes_per_token": sum(s.bytes for s in splits) / of_text,
   }
   return Dataset(train, val, made, tuple(weights) if weights else None, counts)
 
@@ -252,11 +255,14 @@ def _trained(
   form = (_VERSION, name, str(vocab), str(specials), library.__version__)
   key = digest(*form, *keys)
   folder = cache_dir() / "tokenizers" / key
-  if not folder.is_dir():
-    texts = itertools.chain(*(s.side(val=False) for s in splits))
-    made = kind.train(
-      (p for t in texts for p, _ in store.parts(t)), vocab, specials
-    )
-    with whole_folder(folder) as temp:
-      made.save(temp)
-  return load(folder)
+  try:
+    return load(folder)
+  except UserError:
+    shutil.rmtree(folder, ignore_errors=True)  # there only if it was damaged
+  texts = itertools.chain(*(s.side(val=False) for s in splits))
+  made = kind.train(
+    (p for t in texts for p, _ in store.parts(t)), vocab, specials
+  )
+  with whole_folder(folder) as temp:
+    made.save(temp)
+  return made

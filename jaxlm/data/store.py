@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxlm.data.cache import cache_dir, digest, whole_folder
 from jaxlm.data.loader import Tokens
-from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.data.tokenizer import Tokenizer, utf8
 from jaxlm.errors import UserError
 
 _VERSION = "1"  # of the files' form; raise it when their meaning changes
@@ -29,7 +29,7 @@ def tokens(
   side: Callable[[bool], Iterable[str | bytes]],
   tokenizer: Tokenizer,
   many: bool,
-) -> tuple[Tokens, Tokens, int]:
+) -> tuple[Tokens, Tokens, dict[str, dict[str, int]]]:
   """Both streams of a split, from the cache or tokenised now.
 
   Args:
@@ -39,23 +39,24 @@ def tokens(
     many: whether documents are to be set apart by the end-of-text token.
 
   Returns:
-    The training stream, the validation stream, and the number of tokens that
-    stand for text (all but the end-of-text tokens).
+    The training stream, the validation stream, and for 'train' and 'val' the
+    number of `bytes` of text and of `tokens` that stand for them (all but the
+    end-of-text tokens).
   """
   key = digest(_VERSION, key, tokenizer.fingerprint(), str(many))
   folder = cache_dir() / "tokens" / key
   for attempt in range(2):
     if not folder.is_dir():
       with whole_folder(folder) as temp:
-        spent = [
-          _write(temp / name, side(name == "val"), tokenizer, many)
+        sizes = {
+          name: _write(temp / name, side(name == "val"), tokenizer, many)
           for name in ("train", "val")
-        ]
-        (temp / "meta.json").write_text(json.dumps({"spent": sum(spent)}))
+        }
+        (temp / "sizes.json").write_text(json.dumps(sizes))
     try:
-      meta = json.loads((folder / "meta.json").read_text())
-      return (_read(folder / "train"), _read(folder / "val"), meta["spent"])
-    except (OSError, ValueError, KeyError) as error:
+      sizes = json.loads((folder / "sizes.json").read_text())
+      return _read(folder / "train"), _read(folder / "val"), sizes
+    except (OSError, ValueError) as error:
       # Somebody damaged the cache: make it again, once.
       if attempt:
         raise UserError(f"cannot read the cache {folder}: {error}") from error
@@ -65,18 +66,25 @@ def tokens(
 
 def _write(
   path: Path, texts: Iterable[str | bytes], tokenizer: Tokenizer, many: bool
-) -> int:
-  """Writes PATH.ids.npy and PATH.docs.npy; returns the tokens of text."""
+) -> dict[str, int]:
+  """Writes PATH.ids.npy and PATH.docs.npy; returns the sizes of the text."""
+  sizes = {"bytes": 0, "tokens": 0}
+
+  def counted() -> Iterator[str | bytes]:
+    for text in texts:
+      sizes["bytes"] += len(text if isinstance(text, bytes) else utf8(text))
+      yield text
+
   eot = tokenizer.eot if many else None
   ends = [] if eot is None else [eot]
   dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-  docs, total, spent, begin = [], 0, 0, 0
+  docs, total, begin = [], 0, 0
   with open(f"{path}.ids.npy", "wb") as file:
     start = _header(file, dtype, 0)
-    for number, (ids, last) in enumerate(_encoded(texts, tokenizer)):
+    for number, (ids, last) in enumerate(_encoded(counted(), tokenizer)):
       if number == 0:
         total += _append(file, ends, dtype, tokenizer)
-      spent += _append(file, ids, dtype, tokenizer)
+      sizes["tokens"] += _append(file, ids, dtype, tokenizer)
       total += len(ids)
       if last:
         total += _append(file, ends, dtype, tokenizer)
@@ -85,7 +93,7 @@ def _write(
     file.seek(0)
     assert _header(file, dtype, total) == start
   np.save(f"{path}.docs.npy", np.array(docs, np.int64).reshape(-1, 2))
-  return spent
+  return sizes
 
 
 def _encoded(

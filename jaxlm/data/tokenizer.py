@@ -106,6 +106,7 @@ class Tokenizer:
 class TextStream:
   """Turns ids that arrive one by one into text, never half a character.
 
+  >>> from jaxlm.data import Bytes
   >>> stream = TextStream(Bytes())
   >>> [stream.push([i]) for i in "é!".encode()]
   ['', 'é', '!']
