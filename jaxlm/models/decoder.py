@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlm.errors import UserError
 from jaxlm.layers.attend import At
@@ -403,7 +404,8 @@ def _check(model: Decoder, tokens: Array) -> None:
     return
   if tokens.size == 0:
     raise UserError("no tokens: a row needs at least one")
-  low, high = int(tokens.min()), int(tokens.max())
+  known = np.asarray(tokens)  # jnp would trace this, inside a jit of others
+  low, high = int(known.min()), int(known.max())
   if low < 0 or high >= model.vocab:
     wrong = low if low < 0 else high
     raise UserError(

@@ -13,6 +13,7 @@ from jaxlm.layers.norm import LayerNorm
 from jaxlm.layers.param import Normal
 from jaxlm.layers.position import Learned
 from jaxlm.models.decoder import Block, Decoder
+from jaxlm.models.names import Names
 
 
 def decoder(
@@ -65,3 +66,28 @@ PUBLISHED = {
   "gpt2-large": decoder(dim=1280, layers=36, heads=20),
   "gpt2-xl": decoder(dim=1600, layers=48, heads=25),
 }
+
+HF = Names(
+  (
+    ("embed/tokens", "transformer.wte.weight"),
+    ("embed/positions/table", "transformer.wpe.weight"),
+    ("mixer_norm/scale", "transformer.h.{}.ln_1.weight"),
+    ("mixer_norm/bias", "transformer.h.{}.ln_1.bias"),
+    ("mixer/q mixer/k mixer/v", "transformer.h.{}.attn.c_attn.weight"),
+    (
+      "mixer/q_bias mixer/k_bias mixer/v_bias",
+      "transformer.h.{}.attn.c_attn.bias",
+    ),
+    ("mixer/o", "transformer.h.{}.attn.c_proj.weight"),
+    ("mixer/o_bias", "transformer.h.{}.attn.c_proj.bias"),
+    ("ffn_norm/scale", "transformer.h.{}.ln_2.weight"),
+    ("ffn_norm/bias", "transformer.h.{}.ln_2.bias"),
+    ("ffn/up", "transformer.h.{}.mlp.c_fc.weight"),
+    ("ffn/up_bias", "transformer.h.{}.mlp.c_fc.bias"),
+    ("ffn/down", "transformer.h.{}.mlp.c_proj.weight"),
+    ("ffn/down_bias", "transformer.h.{}.mlp.c_proj.bias"),
+    ("norm/scale", "transformer.ln_f.weight"),
+    ("norm/bias", "transformer.ln_f.bias"),
+  ),
+  transposed=False,
+)

@@ -10,6 +10,7 @@ from jaxlm.layers.norm import RMSNorm
 from jaxlm.layers.param import Normal
 from jaxlm.layers.position import Llama3, Rope, Scaling
 from jaxlm.models.decoder import Block, Decoder
+from jaxlm.models.names import COMMON, Names
 
 
 def decoder(
@@ -82,3 +83,5 @@ PUBLISHED = {
     tied=True,
   ),
 }
+
+HF = Names(COMMON)

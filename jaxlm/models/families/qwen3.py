@@ -10,6 +10,7 @@ from jaxlm.layers.norm import RMSNorm
 from jaxlm.layers.param import Normal
 from jaxlm.layers.position import Rope
 from jaxlm.models.decoder import Block, Decoder
+from jaxlm.models.names import COMMON, Names
 
 
 def decoder(
@@ -67,3 +68,11 @@ PUBLISHED = {
     dim=5120, layers=64, heads=64, mlp_dim=25600, tied=False
   ),
 }
+
+HF = Names(
+  (
+    *COMMON,
+    ("mixer/q_norm/scale", "model.layers.{}.self_attn.q_norm.weight"),
+    ("mixer/k_norm/scale", "model.layers.{}.self_attn.k_norm.weight"),
+  )
+)
