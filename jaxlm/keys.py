@@ -192,6 +192,9 @@ def defaults() -> dict[str, Any]:
 def table() -> str:
   """All keys, one per line: name, default, meaning."""
   rows = [(k, repr(key.default), key.meaning) for k, key in KEYS.items()]
+  rows += [
+    (f"{name}.*", "", "what the family's function takes") for name in OPEN
+  ]
   return "\n".join(f"  {k:28}{value:17}{text}" for k, value, text in rows)
 
 
