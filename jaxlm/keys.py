@@ -58,7 +58,9 @@ SCHEMA: dict[str, Any] = {
   "steps_per_call": Key(1, "updates per call of the compiled step", low=1),
   "precision": Key("float32", "of the layers: float32, bfloat16 or float16"),
   "remat": Key("none", "what backward computes again: none, dots or full"),
-  "loss_chunk": Key(0, "positions whose logits are held at once; 0: all"),
+  "loss_chunk": Key(
+    0, "positions whose logits are held at once; 0: all", low=0
+  ),
   "unroll": Key(False, "write the layers out instead of scanning over them"),
   "ema": Key(0.0, "decay of the mean of the weights; 0: none", (), 0, 1),
   "spike_skip": Key(0.0, "skip gradients so many times the usual", low=0),
