@@ -85,27 +85,23 @@ def render(
   """
   inside = rows < len(layout)
   low = layout.first[np.where(inside, rows, 0)]
-  count = np.where(inside, layout.first[np.where(inside, rows + 1, 0)] - low, 0)
+  count = layout.first[np.where(inside, rows + 1, 0)] - low
+  row = np.repeat(np.arange(len(rows)), count)
   nth = _ranges(count)  # which piece of its row
-  piece = np.repeat(low, count) + nth
-  length = layout.length[piece]
-  within = _ranges(length)
-  source = np.repeat(layout.start[piece], length) + within
-  corner = np.repeat(np.arange(len(rows)) * seq_len, count)
-  target = np.repeat(corner + layout.column[piece], length) + within
-
-  def spread(values: np.ndarray | float, dtype: type) -> np.ndarray:
-    out = np.zeros(len(rows) * seq_len, dtype)
-    out[target] = values
-    return out.reshape(len(rows), seq_len)
-
-  return {
-    "inputs": spread(ids[source], np.int32),
-    "targets": spread(ids[source + 1], np.int32),
-    "segments": spread(np.repeat(nth + 1, length), np.int32),
-    "positions": spread(within, np.int32),
-    "mask": spread(1.0, np.float32),
-  }
+  piece = low[row] + nth
+  # From here one entry per pair: its piece, place in it, place in the stream.
+  of = np.repeat(np.arange(len(piece)), layout.length[piece])
+  within = _ranges(layout.length[piece])
+  source = layout.start[piece][of] + within
+  target = (row * seq_len + layout.column[piece])[of] + within
+  out = np.zeros((4, len(rows) * seq_len), np.int32)
+  out[0][target] = ids[source]
+  out[1][target] = ids[source + 1]
+  out[2][target] = (nth + 1)[of]
+  out[3][target] = within
+  names = ("inputs", "targets", "segments", "positions")
+  made = dict(zip(names, out.reshape(4, len(rows), seq_len), strict=True))
+  return made | {"mask": (made["segments"] > 0).astype(np.float32)}
 
 
 def _best_fit(size: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
