@@ -3,8 +3,8 @@
 Run with torch 2.13 and transformers 5 installed (neither the library nor its
 tests need them): `python tests/golden/make_layers.py`. Everything with a
 gradient is made in float64, so that the judge adds no error of its own, and
-written in float32; inputs are float16 at heart. A name ends in `/grad/<input>` for the gradient of
-sum(output * cotangent) by that input.
+written in float32; inputs are float16 at heart. A name ends in `/grad/<input>`
+for the gradient of sum(output * cotangent) by that input.
 """
 
 import math
