@@ -138,6 +138,20 @@ def test_save_and_load(kind: str, tokenizers, tmp_path: Path) -> None:
   assert not [f for f in tmp_path.iterdir() if f.name.startswith(".")]
 
 
+def test_save_on_a_full_disk(tmp_path: Path, monkeypatch) -> None:
+  """The error is one sentence, and the old file stays whole."""
+  Bytes().save(tmp_path)
+
+  def full(*_):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr("os.replace", full)
+  with pytest.raises(UserError, match=r"tokenizer\.json: No space left"):
+    Chars("ab").save(tmp_path)
+  assert isinstance(load(tmp_path), Bytes)
+  assert [f.name for f in tmp_path.iterdir()] == ["tokenizer.json"]
+
+
 def test_training_is_reproducible() -> None:
   """The same text gives the same vocabulary, byte for byte."""
   for kind in (ByteBPE, SentencePiece):

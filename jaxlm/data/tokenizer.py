@@ -89,9 +89,21 @@ class Tokenizer:
     return digest(*(x for pair in self._files().items() for x in pair))
 
   def save(self, folder: str | Path) -> None:
-    """Writes the file that `load` reads back (its name depends on kind)."""
+    """Writes the file that `load` reads back, whole or not at all.
+
+    It is tokenizer.model for SentencePiece and tokenizer.json for the others.
+
+    Raises:
+      UserError: if the folder cannot be written or the disk is full.
+    """
     for name, content in self._files().items():
-      write_whole(Path(folder) / name, content)
+      try:
+        write_whole(Path(folder) / name, content)
+      except OSError as error:
+        raise UserError(
+          f"cannot write {Path(folder) / name}: {error.strerror or error}; "
+          "free some space or choose another folder"
+        ) from error
 
   def _encode(self, texts: list[str]) -> list[np.ndarray]:
     raise NotImplementedError
