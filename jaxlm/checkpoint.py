@@ -23,6 +23,7 @@ before orbax reads garbage.
 Left out: remote paths such as gs:// (mount them: a rename must be atomic).
 """
 
+import functools
 import json
 import math
 import os
@@ -30,6 +31,7 @@ import re
 import shutil
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -196,6 +198,8 @@ class Checkpoints:
       target=self._finish, args=(step, finish, texts, arrays.shapes(state))
     )
     self._thread.start()
+    _unfinished.add(self)
+    _wait_at_exit()
     if metrics:
       self.note(step, **metrics)
 
@@ -225,17 +229,14 @@ class Checkpoints:
 
   def wait(self) -> None:
     """Waits for the save under way, if any; raises UserError if it failed."""
-    if self._thread is not None:
-      self._thread.join()
-      self._thread = None
-      if jax.process_count() > 1:  # the first process does the renaming
+    together = self._thread is not None and jax.process_count() > 1
+    try:
+      self._join()
+    finally:
+      if together:  # the first process does the renaming
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices("checkpoint")
-    step, self._writing = self._writing, None
-    error, self._error = self._error, None
-    if error is not None:
-      self._fail(step, error)
 
   def close(self) -> None:
     """Waits for the save under way and lets another run write here."""
@@ -350,6 +351,16 @@ class Checkpoints:
     except Exception as error:
       self._error = error
 
+  def _join(self) -> None:
+    """Waits for the thread and raises what went wrong in it."""
+    if self._thread is not None:
+      self._thread.join()
+      self._thread = None
+    step, self._writing = self._writing, None
+    error, self._error = self._error, None
+    if error is not None:
+      self._fail(step, error)
+
   def _complete(self, step: int, texts: dict, shapes: dict) -> None:
     """Writes the small files, the manifest last, and gives it its name."""
     temporary = self.directory / f"{step}.tmp"
@@ -402,6 +413,28 @@ class Checkpoints:
       f"({files.reason(error)}); free some space or check the disk. The "
       "checkpoints before it are untouched"
     ) from error
+
+
+# A program that ends, by an error of its own too, still finishes its save.
+_unfinished: weakref.WeakSet[Checkpoints] = weakref.WeakSet()
+
+
+@functools.cache
+def _wait_at_exit() -> None:
+  """Registers `_finish_all`, once and after all that orbax registers.
+
+  The plain `atexit` would be too late: the executors that orbax writes with
+  are shut down before it, by this same hook, last registered first called.
+  """
+  threading._register_atexit(_finish_all)
+
+
+def _finish_all() -> None:
+  for checkpoints in list(_unfinished):
+    try:
+      checkpoints._join()  # not `wait`: other processes may be gone
+    except UserError as problem:
+      _warn(str(problem))
 
 
 def _warn(text: str) -> None:

@@ -72,6 +72,15 @@ class Log:
       self.close()
       raise
 
+  def last(self, name: str) -> int | None:
+    """The last step at which `name` was recorded, also before a resume.
+
+    A run killed between a checkpoint and its evaluation can so find out that
+    the evaluation is still to be done.
+    """
+    steps = [r["step"] for r in read(self._workdir) if name in r]
+    return max(steps, default=None)
+
   def scalars(self, step: int, values: Mapping[str, Any]) -> None:
     """Records named numbers (or 0-d arrays) of one step."""
     plain = {name: _plain(value) for name, value in values.items()}
@@ -278,8 +287,8 @@ class _Wandb:
       self._wandb = importlib.import_module("wandb")
     except ImportError as error:
       raise UserError(
-        "wandb is not installed; run pip install 'jaxlm[wandb]', or turn "
-        "logging to it off"
+        f"wandb cannot be imported ({error}); run "
+        "pip install 'jaxlm[wandb]', or turn logging to it off"
       ) from error
     self._run = self._wandb.init(
       dir=str(workdir),

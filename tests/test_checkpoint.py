@@ -236,6 +236,21 @@ def test_another_model_is_named(tmp_path, change, words):
     assert same(checkpoints.restore(like(state)).state, state)
 
 
+@pytest.mark.parametrize("end", ["", "raise ZeroDivisionError"])
+def test_the_end_of_the_program_waits_for_the_save(tmp_path, end):
+  """However a program ends by itself, what it began to save is saved."""
+  code = (
+    "import jax.numpy as jnp, sys; from jaxlm.checkpoint import Checkpoints\n"
+    "c = Checkpoints(sys.argv[1])\n"
+    "c.save(1, {'w': jnp.ones((2000, 2000))})\n"
+    "assert c.latest() is None\n"
+  )
+  done = run([sys.executable, "-c", code + end, str(tmp_path)])
+  assert done.returncode == (1 if end else 0), done.stderr
+  assert done.stderr.count("Traceback") == bool(end)
+  assert Checkpoints(tmp_path, read_only=True).steps() == [1]
+
+
 # --- Which are kept ----------------------------------------------------------
 
 

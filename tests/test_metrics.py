@@ -69,7 +69,9 @@ def test_resume_drops_what_came_later(tmp_path):
     file.write('{"step": 4, "lo')  # torn by a power cut
   assert [r["step"] for r in metrics.read(broken)] == [1, 2, 2, 3]
   with metrics.Log(broken, tensorboard=False, step=2) as log:
+    assert log.last("val_loss") == 2
     record(log, range(3, 7))
+    assert (log.last("loss"), log.last("lr")) == (6, None)
   name = "metrics.jsonl"
   assert (whole / name).read_bytes() == (broken / name).read_bytes()
 
