@@ -145,7 +145,8 @@ def masks() -> None:
 
 def norms() -> None:
   """LayerNorm with and without its parameters, RMSNorm, Gemma's RMSNorm."""
-  x, scale, bias = 3.0 * draw(4, 7) + 1.0, draw(7), draw(7)
+  x = (3.0 * draw(4, 7) + 1.0).half().double()
+  scale, bias = draw(7), draw(7)
   keep(
     "layernorm",
     lambda x, scale, bias: F.layer_norm(x, (7,), scale, bias, 1e-5),
@@ -187,7 +188,7 @@ def activations() -> None:
 
 def positions() -> None:
   """Rotations of both layouts, scaled frequencies, sinusoids."""
-  x, places = draw(B, T, 3, 8), torch.randint(0, 5000, (B, T))
+  x, places = draw(B, T, 3, 8), torch.randint(0, 500, (B, T))
   angles = places[..., None] * 10000.0 ** -(torch.arange(0, 8, 2).double() / 8)
   ARRAYS["rope/positions"] = places.numpy().astype(np.int32)
 
