@@ -173,6 +173,7 @@ class Checkpoints:
         is harmed, and the next call tries afresh).
     """
     self.wait()
+    step = int(step)
     if self._read_only:
       raise UserError(
         f"{self.directory} was opened read-only; open it without read_only "

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -481,6 +482,17 @@ def test_killed_at_random_moments(tmp_path, side, kills):
   done = run(program + arguments, PYTHONPATH=path)
   assert done.returncode == 0, done.stderr
   assert int(done.stdout) >= kills - 2  # almost all continued from another
+
+
+def test_the_page_runs(tmp_path, monkeypatch, capsys):
+  """What docs/checkpoints.md shows works, and saves and keeps what it says."""
+  page = (HERE.parent / "docs" / "checkpoints.md").read_text()
+  monkeypatch.chdir(tmp_path)
+  names: dict = {}
+  for code in re.findall(r"```python\n(.*?)```", page, re.S):
+    exec(compile(code, "checkpoints.md", "exec"), names)
+  assert capsys.readouterr().out == "100 {'seen': 100} bfloat16\n"
+  assert Checkpoints("run/checkpoints", read_only=True).steps() == [75, 100]
 
 
 def test_interrupt_is_a_flag():
