@@ -44,12 +44,13 @@ def write(
 ) -> dict[str, Array]:
   """Puts keys and values `[batch, seq, heads, dim]` at their positions.
 
-  Of a chunk longer than the cache only the last `length` tokens are kept: the
-  slots of the others would be written twice, in no defined order.
+  Of a chunk longer than the cache only the last `length` positions are kept:
+  the slots of the others would be written twice, in no defined order.
   """
   length = cache["k"].shape[1]
-  k, v, positions = (x[:, -length:] for x in (k, v, positions))
-  slots = jnp.where(positions < 0, length, positions % length)
+  last = jnp.max(positions, axis=1, keepdims=True)
+  kept = (positions >= 0) & (positions > last - length)
+  slots = jnp.where(kept, positions % length, length)
   rows = jnp.arange(k.shape[0])[:, None]
 
   def put(old: Array, new: Array) -> Array:
