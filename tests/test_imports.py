@@ -17,9 +17,11 @@ PACKAGE = Path(__file__).parent.parent / "jaxlm"
 # What each part may import of the package, besides itself and `errors`. From
 # the leaves up; a part that is not here has no place yet, and is a violation.
 _NAMES = "parallel.rules parallel.mesh"
-_LEAVES = "arrays checkpoint config data files interrupt keys metrics speed"
+_LEAVES = (
+  "arrays checkpoint config data files interrupt keys metrics speed values"
+)
 _MODELS = f"{_NAMES} layers models"
-_MIDDLE = "losses objectives optim state generate interop quant"
+_MIDDLE = "losses objectives optim state generate interop quant workdir"
 _UPPER = "evaluate explain recipe rl"
 _PROGRAMS = "program train serve generate.__main__"
 
@@ -28,6 +30,7 @@ MAY: dict[str, str] = {
   "files": "",
   "interrupt": "",
   "speed": "",
+  "values": "",
   "data": "",
   "keys": "",
   "config": "keys",
