@@ -43,10 +43,11 @@ def next_token(
     chunk: positions whose logits are held at a time; 0 holds them all.
 
   Returns:
-    The loss, and `loss` (without the z term), `weight`.
+    The loss, and `loss` (without the z term), `weight`; where `compute.watch`
+    also `max_logits`: by the path of each attention, `[layers, heads]`.
   """
   at = At(batch.get("positions"), batch.get("segments"), None, key)
-  x, _ = hidden(model, params, batch["inputs"], at, None, compute)
+  x, seen = hidden(model, params, batch["inputs"], at, None, compute)
   targets = batch["targets"]
   if chunk:
     w = head(model, params, compute)
@@ -55,6 +56,12 @@ def next_token(
     nll, log_z = cross_entropy(logits(model, params, x, compute), targets)
   loss, weight = weighted_mean(nll, batch.get("mask"))
   metrics = {"loss": loss, "weight": weight}
+  if compute.watch:
+    metrics["max_logits"] = {
+      f"layers/{i}/{j}/mixer": mixer["max_logits"]
+      for i, pattern in seen.items()
+      for j, mixer in pattern.items()
+    }
   if z_loss:
     drift, _ = weighted_mean(log_z**2, batch.get("mask"))
     loss = loss + z_loss * drift

@@ -19,8 +19,7 @@ from typing import NoReturn
 
 from ml_collections import FrozenConfigDict
 
-from jaxlm import config, keys
-from jaxlm.data.cache import cache_dir
+from jaxlm import config, host, keys
 from jaxlm.errors import UserError
 
 # --- The command line -------------------------------------------------------
@@ -135,7 +134,7 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
   traceback.
   """
   try:
-    compile_cache()
+    host.prepare()
     main(sys.argv[1:])
     sys.stdout.flush()
   except UserError as e:
@@ -156,16 +155,3 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
 def _fail(message: str) -> NoReturn:
   print(f"error: {message}", file=sys.stderr)
   sys.exit(2)
-
-
-def compile_cache() -> None:
-  """Lets compiled programs outlive the process, so that the next starts fast.
-
-  They lie beside jaxlm's other caches, unless JAX_COMPILATION_CACHE_DIR says
-  where.
-  """
-  import jax  # here, so that --help need not wait for it
-
-  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "jax"))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

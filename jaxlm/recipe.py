@@ -13,6 +13,7 @@ from jaxlm.errors import UserError
 from jaxlm.layers.compute import Compute
 from jaxlm.models.build import build as model
 from jaxlm.optim import Muon, Optimizer, Schedule, make, make_schedule
+from jaxlm.optim.guards import skip_spikes
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.parallel.rules import Rules, preset
 
@@ -79,6 +80,7 @@ def compute(config: Config) -> Compute:
     remat=config.remat,
     unroll=config.unroll,
     rules=rules(config),
+    watch=config.optimizer.qk_clip > 0,
   )
 
 
@@ -91,7 +93,7 @@ def schedule(config: Config) -> Schedule:
 def optimizer(config: Config, tree: Any, lr: Schedule) -> Any:
   """The optax transformation for the parameters declared in `tree`."""
   o = config.optimizer
-  return make(
+  tx = make(
     tree,
     lr,
     Optimizer(
@@ -111,5 +113,7 @@ def optimizer(config: Config, tree: Any, lr: Schedule) -> Any:
       freeze_table=tuple((p, True) for p in o.freeze) + ((".*", False),)
       if o.freeze
       else (),
+      qk_clip=o.qk_clip,
     ),
   )
+  return skip_spikes(tx, config.spike_skip) if config.spike_skip else tx

@@ -11,6 +11,7 @@ from flax import struct
 
 Array = jax.Array
 Tree = Any
+LOGITS = "max_logits"  # what QK clip watches; joined by maximum
 LossFn = Callable[[Tree, Tree, Array], tuple[Array, dict[str, Array]]]
 
 
@@ -150,24 +151,28 @@ def _gradients(
 
 def _accumulate(
   micro: Callable, batch: Tree, n: int
-) -> tuple[Tree, dict[str, Array]]:
+) -> tuple[Tree, dict[str, Any]]:
   """Weighted mean of gradients and metrics over `n` microbatches."""
 
-  def add(total: Tree, part: tuple) -> tuple[Tree, None]:
+  def add(total: Tree, part: tuple) -> tuple[Tree, dict]:
     grads, metrics = micro(*part)
     weight = metrics["weight"]
-    sums = jax.tree.map(lambda x: x * weight, (grads, metrics))
-    sums[1]["weight"] = weight
-    return jax.tree.map(jnp.add, total, sums), None
+    total = jax.tree.map(lambda t, g: t + g * weight, total, grads)
+    return total, dict(metrics)
 
-  first = jax.tree.map(lambda x: x[0], batch)
-  shapes = jax.eval_shape(micro, jnp.int32(0), first)
-  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
   numbers = jnp.arange(n, dtype=jnp.int32)
-  (grads, metrics), _ = jax.lax.scan(add, zeros, (numbers, batch))
-  weight = jnp.maximum(metrics["weight"], 1.0)
-  mean = jax.tree.map(lambda x: x / weight, (grads, metrics))
-  return mean[0], mean[1] | {"weight": metrics["weight"]}
+  first = jax.tree.map(lambda x: x[0], batch)
+  shapes, _ = jax.eval_shape(micro, numbers[0], first)
+  zeros = jax.tree.map(lambda g: jnp.zeros(g.shape, g.dtype), shapes)
+  grads, parts = jax.lax.scan(add, zeros, (numbers, batch))
+
+  weights = parts.pop("weight")
+  total = jnp.maximum(jnp.sum(weights), 1.0)
+  grads = jax.tree.map(lambda g: g / total, grads)
+  tops = {name: parts.pop(name) for name in [LOGITS] if name in parts}
+  metrics = {k: jnp.sum(x * weights) / total for k, x in parts.items()}
+  metrics |= jax.tree.map(lambda x: jnp.max(x, axis=0), tops)
+  return grads, metrics | {"weight": jnp.sum(weights)}
 
 
 def _apply(
@@ -179,9 +184,13 @@ def _apply(
 ) -> tuple[TrainState, dict[str, Array]]:
   """The optimizer's update; in float16 only if all gradients are finite."""
   extra = {"value": metrics["loss"], "grad_norm": metrics["grad_norm"]}
+  if LOGITS in metrics:
+    extra[LOGITS] = metrics.pop(LOGITS)
+    tops = [jnp.max(x) for x in extra[LOGITS].values()]
+    metrics["max_logit"] = functools.reduce(jnp.maximum, tops)
 
   def update(state: TrainState) -> TrainState:
-    # optax itself relies on implicit dtype promotion.
+    # optax relies on implicit dtype promotion.
     with jax.numpy_dtype_promotion("standard"):
       updates, opt_state = tx.update(
         grads, state.opt_state, state.params, **extra
@@ -189,8 +198,7 @@ def _apply(
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
     if ema is not None:
-      mix = functools.partial(optax.incremental_update, step_size=1 - ema_decay)
-      ema = mix(params, ema)
+      ema = _average(ema, params, state.step, ema_decay)
     return state.replace(params=params, opt_state=opt_state, ema=ema)
 
   if state.scale is None:
@@ -201,3 +209,14 @@ def _apply(
     state = jax.lax.cond(finite, update, lambda s: s, state)
     state = state.replace(scale=scale)
   return state.replace(step=state.step + 1), metrics
+
+
+def _average(ema: Tree, params: Tree, step: Array, decay: float) -> Tree:
+  """ema += (1 - d) (params - ema), with d = min(decay, (1 + n) / (10 + n)).
+
+  The growing d, n steps into the run, lets the mean forget where it started
+  (as in TensorFlow's ExponentialMovingAverage, `num_updates`).
+  """
+  n = step.astype(jnp.float32)
+  d = jnp.minimum(decay, (1.0 + n) / (10.0 + n))
+  return jax.tree.map(lambda e, p: e + (1.0 - d) * (p - e), ema, params)

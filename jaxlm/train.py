@@ -10,6 +10,7 @@ randomness follow from (seed, step). So a run that was stopped, at whatever
 moment, continues to the very bits it would have had.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -118,9 +119,9 @@ def train(config: FrozenConfigDict, workdir: Path) -> TrainState:
   first = step = int(state.step)
 
   # --- Step -------------------------------------------------------------------
-  objective = functools.partial(
-    next_token, model, compute=compute, chunk=config.loss_chunk
-  )
+  def objective(params: Tree, batch: Tree, key: Any, compute=compute) -> Tree:
+    chunk = config.loss_chunk
+    return next_token(model, params, batch, key, compute, chunk=chunk)
 
   @functools.cache
   def step_fn(steps: int) -> Callable:
@@ -136,7 +137,8 @@ def train(config: FrozenConfigDict, workdir: Path) -> TrainState:
   @jax.jit
   def eval_fn(params: Tree, batch: Tree) -> dict[str, jax.Array]:
     batch = jax.tree.map(lambda x: x[0, 0], batch)
-    return objective(params, batch, None)[1]
+    plain = dataclasses.replace(compute, watch=False)
+    return objective(params, batch, None, plain)[1]
 
   # --- Loop -------------------------------------------------------------------
   # Metrics of a call are read after the next call has been launched, so the
@@ -181,7 +183,8 @@ def train(config: FrozenConfigDict, workdir: Path) -> TrainState:
     put = functools.partial(_put, mesh, compute.rules, 1)
     found = evaluate(eval_fn, params, held_out, config.eval_batches, put)
     loss = found["loss"]
-    bits = bits_per_byte(loss, corpus.counts["bytes_per_token"])
+    width = corpus.counts["val_bytes"] / corpus.counts["val_tokens"]
+    bits = bits_per_byte(loss, width)
     log.scalars(step, {"val_loss": loss, "val_bits_per_byte": bits})
     print(f"step {step} | validation loss {loss:.4f}, {bits:.3f} bits per byte")
     if config.log.histograms:
@@ -197,6 +200,11 @@ def train(config: FrozenConfigDict, workdir: Path) -> TrainState:
     with open(workdir / "samples.txt", "a", encoding="utf-8") as file:
       file.write(f"--- step {step}\n{text}\n\n")
     print(f"--- a sample at step {step}\n{text}\n---")
+
+  if held_out and _due(step, config.eval_every, 0) and step:
+    # A run killed between a checkpoint and its evaluation owes the latter.
+    if log.last("val_loss") != step:
+      checkpoints.note(step, val_loss=look(step, state))
 
   pending = None
   with Interrupt() as interrupted:

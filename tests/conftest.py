@@ -26,9 +26,9 @@ import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-from jaxlm import program  # noqa: E402
+from jaxlm import host  # noqa: E402
 
-program.compile_cache()
+host.prepare()
 # Tests compile many small programs, and each is worth keeping.
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 

@@ -15,7 +15,7 @@ from jaxlm.errors import UserError
 @pytest.fixture
 def status(monkeypatch):
   """Runs a main as a process would, and returns its exit status."""
-  monkeypatch.setattr(program, "compile_cache", lambda: None)
+  monkeypatch.setattr(program.host, "prepare", lambda: None)
   monkeypatch.setattr(sys, "argv", ["program", "--flag"])
 
   def run(main) -> int:

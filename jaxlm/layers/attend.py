@@ -102,6 +102,28 @@ def attend_reference(
   return out.astype(v.dtype).reshape(b, t, n, v.shape[-1])
 
 
+def largest_logits(
+  q: Array, k: Array, mask: Mask, at: At, scale: float | None = None
+) -> Array:
+  """The largest score before the softmax of each head, float32 [heads].
+
+  What QK clip watches (Kimi K2, arXiv:2507.20534, section 2.1). Arguments as
+  in `attend`.
+  """
+  b, t, n, h = q.shape
+  groups = k.shape[2]
+  scale = h**-0.5 if scale is None else scale
+  see = visible(mask, at, at, t, t)[:, None, None]
+  scores = jnp.einsum(
+    "btkgh,bskh->bkgts",
+    q.reshape(b, t, groups, n // groups, h),
+    k,
+    preferred_element_type=jnp.float32,
+  )
+  top = jnp.max(jnp.where(see, scores * scale, -jnp.inf), axis=(0, 3, 4))
+  return jax.lax.stop_gradient(top.reshape(n))
+
+
 def masked_softmax(scores: Array, see: Array, sinks: Array | None) -> Array:
   """Softmax over the last axis of float32 scores where `see`; else zero.
 
@@ -140,7 +162,8 @@ def attend_blocks(
   are used, which is the reference itself.
   """
   t = q.shape[1]
-  if not (at.aligned and keys.aligned) or not mask.causal or t <= block:
+  aligned = at.aligned and keys.aligned and t == k.shape[1]
+  if not aligned or not mask.causal or t <= block:
     return attend_reference(q, k, v, mask, at, keys, **options)
   outs = []
   for lo in range(0, t, block):

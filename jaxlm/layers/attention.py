@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.layers import cache as kv
-from jaxlm.layers.attend import At, attend
+from jaxlm.layers.attend import At, attend, largest_logits
 from jaxlm.layers.compute import DEFAULT, Compute
 from jaxlm.layers.linear import dot
 from jaxlm.layers.mask import Causal, Mask
@@ -123,12 +123,16 @@ class Attention:
       compute: how to run.
 
     Returns:
-      `[batch, seq, dim]`, and the cache with these tokens added.
+      `[batch, seq, dim]`, and the cache with these tokens added; without a
+      cache None, or `max_logits` [heads] where `compute.watch`.
     """
     at = At() if at is None else at
     q, k, v = self._project(p, x, at)
     if cache is None:
       y = self._attend(p, q, k, v, at, at, compute)
+      if compute.watch:
+        top = largest_logits(q, k, self.mask, at, self.scale)
+        cache = {"max_logits": top}
     else:
       y, cache = self._attend_cached(p, q, k, v, at, cache, compute)
     out = dot(

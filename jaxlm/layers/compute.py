@@ -34,6 +34,8 @@ class Compute:
     attention: which implementation of `attend` ('auto', 'reference',
       'blocks').
     rules: the sharding rule table, None on one device.
+    watch: attention also reports the largest logit of each head, which costs
+      another product of queries and keys (QK clip needs it).
   """
 
   dtype: str = "float32"
@@ -41,6 +43,7 @@ class Compute:
   unroll: bool = False
   attention: str = "auto"
   rules: Rules | None = None
+  watch: bool = False
 
   @property
   def jnp_dtype(self) -> jnp.dtype:

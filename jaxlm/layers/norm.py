@@ -1,5 +1,6 @@
 """Normalisation over the last axis, computed in float32."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,10 +36,7 @@ class LayerNorm:
 
   def __call__(self, p: dict[str, Any], x: Array) -> Array:
     """Normalises `x` [..., dim]; the result has the dtype of `x`."""
-    y = x.astype(jnp.float32)
-    y = y - jnp.mean(y, axis=-1, keepdims=True)
-    var = jnp.mean(jnp.square(y), axis=-1, keepdims=True)
-    y = y * jax.lax.rsqrt(var + self.eps)
+    y = _standardise(x.astype(jnp.float32), self.eps, True)
     return _affine(p, y).astype(x.dtype)
 
 
@@ -65,13 +63,41 @@ class RMSNorm:
 
   def __call__(self, p: dict[str, Any], x: Array) -> Array:
     """Normalises `x` [..., dim]; the result has the dtype of `x`."""
-    y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(
-      jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps
-    )
+    y = _standardise(x.astype(jnp.float32), self.eps, False)
     if self.offset:
       p = {"scale": p["scale"] + self.offset}
     return _affine(p, y).astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _standardise(x: Array, eps: float, center: bool) -> Array:
+  """(x - mean) / sqrt(mean of squares + eps) over the last axis, float32.
+
+  The gradient is written out because it needs only the input and two numbers a
+  row; automatic differentiation would keep every intermediate array.
+  """
+  return _standardise_forward(x, eps, center)[0]
+
+
+def _standardise_forward(x: Array, eps: float, center: bool):
+  mean = jnp.mean(x, axis=-1, keepdims=True) if center else None
+  y = x - mean if center else x
+  rate = jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+  return y * rate, (x, mean, rate)
+
+
+def _standardise_backward(eps: float, center: bool, saved, dy: Array):
+  """dx = rate (dy - mean(dy) - y mean(dy y)), the first mean if centered."""
+  del eps
+  x, mean, rate = saved
+  y = (x - mean if center else x) * rate
+  dx = dy - y * jnp.mean(dy * y, axis=-1, keepdims=True)
+  if center:
+    dx = dx - jnp.mean(dy, axis=-1, keepdims=True)
+  return (dx * rate,)
+
+
+_standardise.defvjp(_standardise_forward, _standardise_backward)
 
 
 def _affine(p: dict[str, Any], y: Array) -> Array:

@@ -209,20 +209,21 @@ def shardings(tree: Tree, mesh: Mesh, rules: Rules) -> Tree:
 
 
 def gather(arrays: Tree, tree: Tree, rules: Rules | None, dtype: DType) -> Tree:
-  """Parameters as the layers use them: cast, then moved to *computed* rules.
+  """Parameters as the layers use them: moved from *stored* to *computed* rules.
 
-  This is mixed precision and FSDP's all-gather in one place: the cast comes
-  first, so that what travels is already small. Gradients take the way back.
-  Call it inside the scan over layers and one layer at a time is whole.
+  This is FSDP's all-gather. The cast to the compute dtype comes first, so that
+  what travels is already small; gradients take the way back. Call it inside
+  the scan over layers and one layer at a time is whole. On one device nothing
+  travels and nothing is cast: `dot` casts where it multiplies, and the
+  gradient of a float32 weight is then never rounded.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  spread = rules is not None and not mesh.empty and mesh.size > 1
+  if rules is None or mesh.empty or mesh.size == 1:
+    return arrays
 
   def one(p: Param, x: Array) -> Array:
     x = x.astype(p.compute or dtype)
-    if spread:
-      x = jax.sharding.reshard(x, rules.computed_spec(p.axes, p.shape, mesh))
-    return x
+    return jax.sharding.reshard(x, rules.computed_spec(p.axes, p.shape, mesh))
 
   return map_params(one, tree, arrays)
 

@@ -249,7 +249,8 @@ def hidden(
       pattern, n, params["layers"][name], x, at, here, compute, first
     )
   x = model.norm(_gather(model, params, "norm", compute), x)
-  return x, None if cache is None else new_cache
+  kept = cache is not None or compute.watch
+  return x, new_cache if kept else None
 
 
 def embed(
@@ -264,6 +265,7 @@ def embed(
   else:
     _check(model, tokens)
     x = p["tokens"].at[tokens].get(mode="clip", out_sharding=spec)
+    x = x.astype(dtype)
   if model.embed_scale != 1.0:
     x = x * jnp.asarray(model.embed_scale, dtype)
   if model.positions is not None:
@@ -318,6 +320,8 @@ def _segment(
   tree = {str(j): b.params() for j, b in enumerate(pattern)}
   numbers = first + len(pattern) * jnp.arange(n, dtype=jnp.int32)
 
+  kept = cache is not None or compute.watch
+
   def body(x: Array, layer: tuple) -> tuple[Array, Tree]:
     p, c, number = layer
     p = gather(p, tree, compute.rules, compute.jnp_dtype)
@@ -330,7 +334,7 @@ def _segment(
       x, new[name] = block(
         p[name], x, here, None if c is None else c[name], compute
       )
-    return x, new if cache is not None else None
+    return x, new if kept else None
 
   body = _remat(body, compute)
   if not compute.unroll and not isinstance(params, tuple):
@@ -340,8 +344,8 @@ def _segment(
   for p, c, i in layers:
     x, c = body(x, (p, c, numbers[i]))
     new.append(c)
-  if cache is None or isinstance(cache, tuple):
-    return x, None if cache is None else tuple(new)
+  if not kept or isinstance(cache, tuple):
+    return x, tuple(new) if kept else None
   return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *new)
 
 
