@@ -23,7 +23,7 @@ _LEAVES = (
 _MODELS = f"{_NAMES} layers models"
 _MIDDLE = "losses objectives optim state generate interop quant workdir"
 _UPPER = "evaluate explain recipe rl"
-_PROGRAMS = "program train serve generate.__main__"
+_PROGRAMS = "host program train serve generate.__main__"
 
 MAY: dict[str, str] = {
   "errors": "",
@@ -31,6 +31,7 @@ MAY: dict[str, str] = {
   "interrupt": "",
   "speed": "",
   "values": "",
+  "host": "data.cache",
   "data": "",
   "keys": "",
   "config": "keys",
