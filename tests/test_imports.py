@@ -31,7 +31,6 @@ MAY: dict[str, str] = {
   "interrupt": "",
   "speed": "",
   "values": "",
-  "host": "data.cache",
   "data": "",
   "keys": "",
   "config": "keys",
@@ -49,6 +48,7 @@ MAY: dict[str, str] = {
   **dict.fromkeys(
     _PROGRAMS.split(), f"{_MODELS} {_LEAVES} {_MIDDLE} {_UPPER} {_PROGRAMS}"
   ),
+  "host": "data.cache",
   "__init__": f"{_MODELS} {_LEAVES} {_MIDDLE} {_UPPER}",
   "ladder": "layers.param",  # and nothing may import it
 }
