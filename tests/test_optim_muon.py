@@ -12,7 +12,8 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxlm.layers.param import Param, init, stack
+from jaxlm.layers.param import Param, init, shardings, stack
+from jaxlm.optim import Optimizer, make
 from jaxlm.optim.muon import (
   JORDAN,
   POLAR_EXPRESS,
@@ -21,6 +22,8 @@ from jaxlm.optim.muon import (
   scale_by_muon,
 )
 from jaxlm.optim.spread import on_whole_matrices
+from jaxlm.parallel.mesh import make_mesh
+from jaxlm.parallel.rules import PRESETS
 
 TREE = {
   "q": Param((16, 4, 4), ("embed", "heads", "head_dim")),
@@ -268,3 +271,41 @@ def test_updates_trace_once():
   step(Muon(), jnp.ones((4, 4)))
   step(Muon(), jnp.ones((4, 4)))
   assert len(traces) == 1
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw", "lion"])
+@pytest.mark.parametrize("preset", ["fsdp", "fsdp_tp"])
+def test_whole_optimizer_runs_on_sharded_parameters(name, preset):
+  """Two steps on eight devices equal two on one; the state is sharded too."""
+  tree = {
+    "embed": Param((32, 16), ("vocab", "embed")),
+    "norm": Param((16,), ("embed",), 0),
+    "q": Param((3, 16, 4, 4), ("layers", "embed", "heads", "head_dim")),
+    "down": Param((3, 32, 16), ("layers", "mlp", "embed")),
+  }
+  rules = PRESETS[preset]
+  mesh = make_mesh(rules, "")
+  o = Optimizer(name, muon=Muon(lr_ratio=2.0))
+  tx = make(tree, 0.1, o)
+
+  @jax.jit
+  def two_steps(params):
+    state = tx.init(params)
+    for _ in range(2):
+      grads = jax.tree.map(jnp.sin, params)
+      updates, state = tx.update(grads, state, params)
+      params = optax.apply_updates(params, updates)
+    return params, state
+
+  params = init(tree, jax.random.key(0))
+  want, _ = two_steps(params)
+  where = shardings(tree, mesh, rules)
+  with jax.set_mesh(mesh):
+    got, state = two_steps(jax.tree.map(jax.device_put, params, where))
+  for n in tree:
+    np.testing.assert_allclose(got[n], want[n], atol=1e-5)
+    assert got[n].sharding.is_equivalent_to(where[n], got[n].ndim)
+  places = {tree[n].shape: where[n] for n in tree}
+  for leaf in jax.tree.leaves(state):
+    if leaf.ndim:
+      assert leaf.sharding.is_equivalent_to(places[leaf.shape], leaf.ndim)
