@@ -25,7 +25,7 @@ from jaxlm.generate.samplers import Greedy, Sampler
 from jaxlm.layers.attend import At
 from jaxlm.layers.cache import empty
 from jaxlm.layers.compute import Compute
-from jaxlm.layers.param import gather
+from jaxlm.layers.param import map_params
 from jaxlm.layers.position import Learned
 from jaxlm.models.decoder import Decoder, hidden, layers_apart, logits
 
@@ -159,7 +159,10 @@ def ready(model: Decoder, params: Tree, compute: Compute = UNROLLED) -> Tree:
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def _ready(model: Decoder, params: Tree, compute: Compute) -> Tree:
-  params = gather(params, model.params(), compute.rules, compute.jnp_dtype)
+  dtype = compute.jnp_dtype
+  params = map_params(
+    lambda p, x: x.astype(p.compute or dtype), model.params(), params
+  )
   if not compute.unroll:
     return params
   return params | {"layers": layers_apart(model, params["layers"])}
@@ -302,13 +305,18 @@ def _blocks(
   A block takes about `pace` seconds, or with None a whole window.
   """
   most = method.model.max_positions
+  half = max(most // 2, 1)
   params = ready(method.model, params, method.compute)
   text, lengths, rows, made = job.tokens, job.lengths, job.rows, 0
+  seq, length = _sizes(most, half, int(lengths.max()), n)
   while made < n:
     if lengths.max() > most:  # slide: forget all but half of a window
-      lengths = np.minimum(lengths, max(most // 2, 1))
-    room = min(n - made, most + 1 - int(lengths.max()))
-    state = _read(method, params, text, lengths, rows, room)
+      lengths = np.minimum(lengths, half)
+    longest = int(lengths.max())
+    room = min(n - made, most + 1 - longest)
+    tokens = np.zeros((len(text), seq), np.int32)
+    tokens[:, seq - longest :] = text[:, text.shape[1] - longest :]
+    state = _begin(method, length, params, tokens, lengths, rows)
     for after, block in _window(method, params, state, room, pace):
       yield block
       text = np.concatenate([text, block], axis=1)
@@ -319,21 +327,15 @@ def _blocks(
     lengths = lengths + room
 
 
-def _read(
-  method: Method,
-  params: Tree,
-  text: np.ndarray,
-  lengths: np.ndarray,
-  rows: Rows,
-  room: int,
-) -> State:
-  """Reads the last `lengths` tokens of `text`, to be followed by `room`."""
-  most, longest = method.model.max_positions, int(lengths.max())
-  seq = min(rounded(longest), most)
-  tokens = np.zeros((len(text), seq), np.int32)
-  tokens[:, seq - longest :] = text[:, text.shape[1] - longest :]
-  length = min(rounded(longest + room - 1), most)
-  return _begin(method, length, params, tokens, lengths, rows)
+def _sizes(most: int, half: int, longest: int, n: int) -> tuple[int, int]:
+  """Tokens read at once, and of a cache that `n` more fit in.
+
+  Windows of a text that slides are all of one size, so that the second need
+  not be compiled.
+  """
+  if longest + n - 1 > most:
+    return min(rounded(max(min(longest, most), half)), most), most
+  return min(rounded(longest), most), min(rounded(longest + n - 1), most)
 
 
 def _window(

@@ -1,0 +1,160 @@
+"""A run's directory, as those see it who use its model.
+
+    config.json or model.json   the model: by the run's config, or as a value
+    tokenizer.json (or .model)  the tokenizer
+    checkpoints/                the parameters, one folder for each saved step
+
+`jaxlm.train` writes such a directory with a config, `save` one with a value;
+`load` reads both.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from jaxlm import arrays, config, files, values
+from jaxlm.checkpoint import Checkpoints
+from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.data.tokenizers import load as _load_tokenizer
+from jaxlm.errors import UserError
+from jaxlm.layers.param import abstract, paths
+from jaxlm.models.build import build
+from jaxlm.models.decoder import Decoder
+
+Tree = Any
+
+BEST = "val_loss"  # the metric by which a checkpoint is the best
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def load(
+  path: str | Path, dtype: str = "float32", which: str | int = "latest"
+) -> tuple[Decoder, Tree]:
+  """The model in a workdir, and its parameters on the first device.
+
+  Where the run kept a mean of the weights (`config.ema`), that is what comes.
+
+  Args:
+    path: the workdir.
+    dtype: of the parameters: 'float32', 'bfloat16' or 'float16'.
+    which: 'latest', 'best' (the lowest validation loss), or a step.
+
+  Raises:
+    UserError: if there is no such run or checkpoint, or it is damaged.
+  """
+  if dtype not in _DTYPES:
+    raise UserError(f"dtype={dtype!r} is unknown; use {', '.join(_DTYPES)}")
+  path, model = Path(path), load_model(path)
+  checkpoints = Checkpoints(path / "checkpoints", best=BEST, read_only=True)
+  name = "ema" if _keeps_mean(path) else "params"
+  like = {name: abstract(model.params(), dtype)}
+  step = _step(checkpoints, which)
+  return model, checkpoints.restore(like, step, part=True).state[name]
+
+
+def load_model(path: str | Path) -> Decoder:
+  """The model in a workdir, without its parameters.
+
+  Raises:
+    UserError: if there is none, or it cannot be read.
+  """
+  path = Path(path)
+  if not path.is_dir():
+    raise UserError(
+      f"there is no directory {path}; check the path, or train a model with "
+      f"python -m jaxlm.train --config=configs/tiny.py --workdir={path}"
+    )
+  file = path / "model.json"
+  if not file.exists():
+    return build(config.read(path), load_tokenizer(path).vocab_size)
+  try:
+    model = values.from_json(file.read_text(encoding="utf-8"))
+  except (UserError, UnicodeDecodeError) as e:
+    raise UserError(f"{file} cannot be read: {e}") from e
+  if not isinstance(model, Decoder):
+    raise UserError(f"{file} describes no model but {model!r}")
+  return model
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+  """The tokenizer of a workdir.
+
+  Raises:
+    UserError: if there is none.
+  """
+  return _load_tokenizer(path)
+
+
+def save(
+  path: str | Path,
+  model: Decoder,
+  params: Tree,
+  tokenizer: Tokenizer | None = None,
+  step: int = 0,
+) -> None:
+  """Writes a model, so that `load(path)` gives equal values and bits back.
+
+  Args:
+    path: the directory to write, new or of an earlier `save` of this model.
+    model: what is saved.
+    params: its arrays.
+    tokenizer: saved beside it, where given.
+    step: the name of this checkpoint.
+
+  Raises:
+    UserError: if the parameters are not those of the model, or the directory
+      holds something else already, or cannot be written.
+  """
+  path = Path(path)
+  _check_params(model, params)
+  text = values.to_json(model)
+  if (path / "config.json").exists():
+    raise UserError(
+      f"{path} holds a training run; save to another directory, or the run "
+      "could not go on"
+    )
+  if (path / "model.json").exists() and load_model(path) != model:
+    raise UserError(f"{path} holds another model; save to another directory")
+  with Checkpoints(path / "checkpoints", keep=None) as checkpoints:
+    try:
+      files.replace(path / "model.json", text)
+    except OSError as e:
+      raise UserError(f"cannot write to {path} ({files.reason(e)})") from e
+    if tokenizer is not None:
+      tokenizer.save(path)
+    checkpoints.save(step, {"params": params})
+
+
+def _check_params(model: Decoder, params: Tree) -> None:
+  """Raises unless names and shapes are those of the model."""
+  have = {name: x.shape for name, x in arrays.named(params).items()}
+  want = {name: p.shape for name, p in paths(model.params()).items()}
+  for name in [*want, *have]:
+    if have.get(name) != want.get(name):
+      raise UserError(
+        f"these are not the parameters of this model: its {name} has shape "
+        f"{want.get(name)}, theirs {have.get(name)}"
+      )
+
+
+def _keeps_mean(path: Path) -> bool:
+  """Whether the run in a workdir keeps a mean of its weights."""
+  if (path / "model.json").exists():
+    return False
+  return config.read(path).ema > 0
+
+
+def _step(checkpoints: Checkpoints, which: str | int) -> int | None:
+  """The step that `which` means; None for the newest good one."""
+  if which == "latest":
+    return None
+  if which == "best":
+    step = checkpoints.best()
+    if step is None:
+      raise UserError(
+        f"no checkpoint in {checkpoints.directory} has been evaluated, so "
+        "none is the best; use which='latest'"
+      )
+    return step
+  if not isinstance(which, int):
+    raise UserError(f"which={which!r} is neither latest, best nor a step")
+  return which
