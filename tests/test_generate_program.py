@@ -13,8 +13,10 @@ import jaxlm
 from jaxlm.data.tokenizers import Bytes, Chars
 from jaxlm.errors import UserError
 from jaxlm.generate import __main__ as program
-from jaxlm.layers.param import init
+from jaxlm.generate.text import sample_text
+from jaxlm.layers.param import init, shardings
 from jaxlm.models.families import modern
+from jaxlm.parallel.rules import preset
 
 
 def a_model(path: Path, tokenizer) -> Path:
@@ -143,6 +145,23 @@ def test_no_half_characters(utf8: Path, capsys):
   text = said(capsys, *args, "--temperature=2")
   assert text.startswith("é")
   assert text == said(capsys, *args, "--temperature=2", "--no-stream")
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_sample_in_the_middle_of_training(chars: Path, capsys, devices: int):
+  """From parameters that are spread over a mesh, the text is the same."""
+  model, params = jaxlm.load(chars)
+  tokenizer = jaxlm.load_tokenizer(chars)
+  mesh = jax.make_mesh((devices,), ("fsdp",))
+  rules = preset("fsdp")
+  places = shardings(model.params(), mesh, rules)
+  with jax.set_mesh(mesh):
+    params = jax.device_put(params, places)
+    text = sample_text(model, params, tokenizer, "abc", tokens=30, seed=2)
+  program.main(
+    [f"--workdir={chars}", "--prompt=abc", "--max_new_tokens=30", "--seed=2"]
+  )
+  assert capsys.readouterr().out == text + "\n"
 
 
 def test_each_line_typed_is_a_prompt(chars: Path, monkeypatch, capsys):
