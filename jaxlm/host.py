@@ -56,4 +56,4 @@ def keep_freed_memory() -> bool:
     (_TRIM_THRESHOLD, 2**31 - 1),
     (_TOP_PAD, 64 << 20),
   )
-  return all([libc.mallopt(*setting) for setting in settings])
+  return all(libc.mallopt(*setting) for setting in settings)

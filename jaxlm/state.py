@@ -212,7 +212,7 @@ def _apply(
 
 
 def _average(ema: Tree, params: Tree, step: Array, decay: float) -> Tree:
-  """ema += (1 - d) (params - ema), with d = min(decay, (1 + n) / (10 + n)).
+  """The mean, ema += (1 - d) (params - ema), d = min(decay, (1+n) / (10+n)).
 
   The growing d, n steps into the run, lets the mean forget where it started
   (as in TensorFlow's ExponentialMovingAverage, `num_updates`).

@@ -34,6 +34,7 @@ from jaxlm.explain import explain
 from jaxlm.files import replace
 
 # from jaxlm.generate import sample_text
+from jaxlm.generate.text import sample_text
 from jaxlm.interrupt import Interrupt
 from jaxlm.layers import param
 from jaxlm.metrics import Log
@@ -195,16 +196,16 @@ def train(config: FrozenConfigDict, workdir: Path) -> TrainState:
   def sample(step: int, state: TrainState) -> None:
     """Writes what the model says now to samples.txt."""
     params = state.params if state.ema is None else state.ema
-    text = sample_text(model, params, corpus.tokenizer, config.sample)
+    asked = {k: v for k, v in config.sample.items() if k != "every"}
+    text = sample_text(model, params, corpus.tokenizer, **asked)
     log.text(step, "sample", text)
     with open(workdir / "samples.txt", "a", encoding="utf-8") as file:
       file.write(f"--- step {step}\n{text}\n\n")
     print(f"--- a sample at step {step}\n{text}\n---")
 
-  if held_out and _due(step, config.eval_every, 0) and step:
-    # A run killed between a checkpoint and its evaluation owes the latter.
-    if log.last("val_loss") != step:
-      checkpoints.note(step, val_loss=look(step, state))
+  owed = step and held_out and _due(step, config.eval_every, 0)
+  if owed and log.last("val_loss") != step:  # killed before it was evaluated
+    checkpoints.note(step, val_loss=look(step, state))
 
   pending = None
   with Interrupt() as interrupted:

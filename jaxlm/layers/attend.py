@@ -14,6 +14,7 @@ from flax import struct
 from jax.sharding import PartitionSpec
 
 from jaxlm.layers.compute import Compute, active_mesh
+from jaxlm.layers.kernels.blocks import attend_causal
 from jaxlm.layers.mask import Mask, PrefixLM
 from jaxlm.layers.norm import soft_cap
 from jaxlm.layers.position import Alibi
@@ -151,38 +152,33 @@ def attend_blocks(
   at: At,
   keys: At,
   *,
-  block: int = 64,
-  **options: float | Array | None,
+  scale: float,
+  softcap: float | None = None,
+  sinks: Array | None = None,
+  slopes: Array | None = None,
 ) -> Array:
-  """The reference, one block of queries at a time, on the keys it can see.
+  """The same, one block of queries at a time, on the keys it can see.
 
-  For aligned rows the first and last key of each block follow from the mask
-  when the program is traced, so half of a causal square is never computed and
-  a window costs O(seq * window). Where positions come with the data, all keys
-  are used, which is the reference itself.
+  Half of a causal square is never computed, and a window costs O(seq *
+  window). Where positions come with the data, or scores are capped or biased,
+  the reference takes over.
   """
-  t = q.shape[1]
-  aligned = at.aligned and keys.aligned and t == k.shape[1]
-  if not aligned or not mask.causal or t <= block:
-    return attend_reference(q, k, v, mask, at, keys, **options)
-  outs = []
-  for lo in range(0, t, block):
-    hi = min(lo + block, t)
-    start = 0 if mask.reach is None else max(0, lo - mask.reach + 1)
-    part = At(positions=jnp.arange(lo, hi)[None])
-    seen = At(positions=jnp.arange(start, hi)[None])
-    outs.append(
-      attend_reference(
-        q[:, lo:hi],
-        k[:, start:hi],
-        v[:, start:hi],
-        mask,
-        part,
-        seen,
-        **options,
-      )
-    )
-  return jnp.concatenate(outs, axis=1)
+  plain = softcap is None and sinks is None and slopes is None
+  own = at.aligned and keys.aligned and q.shape[1] == k.shape[1]
+  if plain and own and mask.causal:
+    return attend_causal(q, k, v, mask, scale)
+  return attend_reference(
+    q,
+    k,
+    v,
+    mask,
+    at,
+    keys,
+    scale=scale,
+    softcap=softcap,
+    sinks=sinks,
+    slopes=slopes,
+  )
 
 
 FORMS = {"reference": attend_reference, "blocks": attend_blocks}

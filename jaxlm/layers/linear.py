@@ -100,7 +100,7 @@ def _matmul_backward(saved: tuple, dy: Array) -> tuple[Array, Array]:
 
 
 def _weight_gradient(x: Array, dy: Array) -> Array:
-  """x' dy, float32 [in, out]."""
+  """The product x' dy, float32 [in, out]."""
   return _product(x, dy, 0, 0)
 
 

@@ -87,7 +87,7 @@ def _standardise_forward(x: Array, eps: float, center: bool):
 
 
 def _standardise_backward(eps: float, center: bool, saved, dy: Array):
-  """dx = rate (dy - mean(dy) - y mean(dy y)), the first mean if centered."""
+  """The gradient rate (dy - mean(dy) - y mean(dy y)); mean(dy) if centered."""
   del eps
   x, mean, rate = saved
   y = (x - mean if center else x) * rate

@@ -1,0 +1,1 @@
+"""Fast forms of single operations, each tested against its reference twin."""
