@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxlm import data, program
+from jaxlm import data, host
 from jaxlm.evaluate import evaluate
 from jaxlm.layers import param
 from jaxlm.layers.compute import Compute
@@ -37,10 +37,10 @@ from jaxlm.state import create, make_step
 SEQ, ROWS, CALL = 64, 12, 8
 COMPUTE = Compute(unroll=True)
 RATES = {
-  "adamw": (1e-3, 2e-3, 4e-3, 8e-3),
+  "adamw": (2e-3, 4e-3, 8e-3, 16e-3),
   "muon": {  # of the hidden matrices, by the scale of the update
-    "original": (5e-3, 1e-2, 2e-2, 4e-2),
-    "match_rms_adamw": (1e-3, 2e-3, 4e-3, 8e-3),
+    "original": (1e-2, 2e-2, 4e-2, 8e-2),
+    "match_rms_adamw": (2e-3, 4e-3, 8e-3, 16e-3),
   },
 }
 
@@ -109,7 +109,7 @@ def compete(
   for rate in rates:
     losses[rate], cost = run(rate / ratio, 0)
     print(
-      f"{name:6} {steps:5} steps  rate {rate:<7.0e} seed 0  "
+      f"{name:6} {steps:5} steps  rate {rate:<6} seed 0  "
       f"loss {losses[rate]:.4f}  {cost:.1f} ms/step",
       flush=True,
     )
@@ -117,7 +117,7 @@ def compete(
   found = [losses[best]] + [run(best / ratio, s)[0] for s in range(1, seeds)]
   spread = statistics.stdev(found) if seeds > 1 else 0.0
   print(
-    f"{name:6} {steps:5} steps  rate {best:<7.0e} {seeds} seeds: "
+    f"{name:6} {steps:5} steps  rate {best:<6} {seeds} seeds: "
     f"{statistics.mean(found):.4f} ± {spread:.4f}  {np.round(found, 4)}",
     flush=True,
   )
@@ -129,7 +129,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
   parser.add_argument("--path", help="a text file; default: Python's docs")
   parser.add_argument("--model", choices=("modern", "gpt2"), default="gpt2")
-  parser.add_argument("--steps", type=int, default=800)
+  parser.add_argument("--steps", type=int, default=600)
   parser.add_argument("--share", type=float, default=0.75)
   parser.add_argument("--seeds", type=int, default=3)
   parser.add_argument("--only", choices=("adamw", "muon"))
@@ -138,7 +138,7 @@ def main() -> None:
   parser.add_argument("--ratio", type=float, default=7.0)
   parser.add_argument("--per-head", action="store_true")
   args = parser.parse_args()
-  program.compile_cache()
+  host.prepare()
 
   corpus = data.prepare(args.path, tokenizer="chars")
   family = {"modern": modern, "gpt2": gpt2}[args.model]
