@@ -32,8 +32,6 @@ from jaxlm.errors import UserError
 from jaxlm.evaluate import bits_per_byte, evaluate
 from jaxlm.explain import explain
 from jaxlm.files import replace
-
-# from jaxlm.generate import sample_text
 from jaxlm.generate.text import sample_text
 from jaxlm.interrupt import Interrupt
 from jaxlm.layers import param

@@ -52,7 +52,7 @@ def attend_causal(
 
 
 def _forward(q: Array, k: Array, v: Array, mask: Mask, scale: float):
-  b, t, n, _ = q.shape
+  t, n = q.shape[1:3]
   keys, values = _by_head(k), _features_first(v)
   queries = _grouped(q * jnp.asarray(scale, q.dtype), k.shape[2])
   probs, outs = [], []
@@ -148,7 +148,7 @@ def _unflat(x: Array, t: int) -> Array:
 
 
 def _visible(mask: Mask, lo: int, hi: int, start: int, group: int) -> Array:
-  """Which keys [start, hi) the queries [lo, hi) see: [keys, group x queries]."""
+  """Which keys [start, hi) queries [lo, hi) see: [keys, group x queries]."""
   keys, queries = jnp.arange(start, hi)[:, None], jnp.arange(lo, hi)[None]
   see = jnp.tile(mask.allows(queries, keys), (1, group))
   return see[None, None]
