@@ -149,7 +149,7 @@ def loaded(statement: str) -> list[str]:
   """Which heavy libraries are there after a statement, in a new process."""
   code = f"import sys; {statement}; print(*sys.modules)"
   run = subprocess.run(
-    [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True
   )
   return [name for name in HEAVY if name in run.stdout.split()]
 
