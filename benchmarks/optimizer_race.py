@@ -134,6 +134,7 @@ def main() -> None:
   parser.add_argument("--seeds", type=int, default=3)
   parser.add_argument("--only", choices=("adamw", "muon"))
   parser.add_argument("--coefficients", default="polar_express")
+  parser.add_argument("--newton-schulz", type=int, default=5)
   parser.add_argument("--scale", default="original")
   parser.add_argument("--ratio", type=float, default=7.0)
   parser.add_argument("--per-head", action="store_true")
@@ -148,6 +149,7 @@ def main() -> None:
   print(f"{args.model}, {model.n_params():,} parameters; {corpus.describe()}")
   muon = Muon(
     coefficients=args.coefficients,
+    steps=args.newton_schulz,
     scale=args.scale,
     lr_ratio=args.ratio,
     per_head=args.per_head,

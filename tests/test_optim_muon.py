@@ -12,6 +12,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from jaxlm.errors import UserError
 from jaxlm.layers.param import Param, init, shardings, stack
 from jaxlm.optim import Optimizer, make
 from jaxlm.optim.muon import (
@@ -158,6 +159,24 @@ def test_transposed_input_gives_transposed_result():
   """Which side is multiplied from must not be seen."""
   x = jax.random.normal(jax.random.key(3), (5, 12))
   np.testing.assert_allclose(JORDAN(x.T), JORDAN(x).T, atol=1e-5)
+
+
+def test_numbers_of_the_iteration():
+  """Fewer steps are a prefix of the same polynomials; nonsense is refused."""
+  assert Muon(steps=4).iterate.triples == POLAR_EXPRESS.triples[:4]
+  assert Muon(dtype=jnp.bfloat16).iterate.dtype == jnp.bfloat16
+  for wrong in ({"steps": 0}, {"steps": 6}, {"momentum": 1.0}):
+    with pytest.raises(UserError):
+      Muon(**wrong)
+
+
+def test_bfloat16_operands_stay_within_three_per_cent():
+  """The precision that torch and the GPU versions work in."""
+  x = jax.random.normal(jax.random.key(0), (3, 16, 16))
+  want, got = JORDAN(x), replace(JORDAN, dtype=jnp.bfloat16)(x)
+  assert got.dtype == jnp.float32
+  error = jnp.linalg.norm(got - want) / jnp.linalg.norm(want)
+  assert 1e-4 < float(error) < 0.03
 
 
 def test_zero_gradient_gives_zero_update():

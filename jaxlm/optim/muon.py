@@ -232,6 +232,7 @@ class Muon:
     momentum: β.
     nesterov: whether the gradient counts twice, as in Nesterov's method.
     coefficients: a key of `COEFFICIENTS`.
+    steps: how many of the five triples to apply; four cost a fifth less.
     scale: a key of `SCALES`.
     lr_ratio: the learning rate of Muon's matrices over that of the rest.
     per_head: whether attention heads are matrices of their own.
@@ -241,6 +242,7 @@ class Muon:
   momentum: float = 0.95
   nesterov: bool = True
   coefficients: str = "polar_express"
+  steps: int = 5
   scale: str = "match_rms_adamw"
   lr_ratio: float = 1.0
   per_head: bool = False
@@ -252,6 +254,16 @@ class Muon:
       if value not in table:
         known = ", ".join(table)
         raise UserError(f"unknown Muon {name} {value!r}; known: {known}")
+    if not 1 <= self.steps <= 5:
+      raise UserError(f"Muon takes 1 to 5 steps, not {self.steps}")
+    if not 0 <= self.momentum < 1:
+      raise UserError(f"Muon's momentum {self.momentum} is not in [0, 1)")
+
+  @property
+  def iterate(self) -> NewtonSchulz:
+    """The orthogonalisation these numbers ask for."""
+    full = COEFFICIENTS[self.coefficients]
+    return replace(full, triples=full.triples[: self.steps], dtype=self.dtype)
 
 
 class MuonState(NamedTuple):
@@ -278,8 +290,7 @@ def scale_by_muon(
       tree, is_leaf=lambda x: isinstance(x, Param)
     )
   }
-  iterate = replace(COEFFICIENTS[muon.coefficients], dtype=muon.dtype)
-  scale = SCALES[muon.scale]
+  iterate, scale = muon.iterate, SCALES[muon.scale]
 
   def one(path: Any, m: Array) -> Array:
     view = views[path]
