@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from jaxlm.layers.param import (
   ONES,
@@ -24,10 +25,13 @@ from jaxlm.layers.param import (
   init,
   muon_dims,
   paths,
+  shardings,
   stack,
 )
 from jaxlm.models.decoder import forward
 from jaxlm.models.families import gpt2, llama, modern, qwen3
+from jaxlm.parallel.mesh import make_mesh
+from jaxlm.parallel.rules import preset
 
 KEY = jax.random.key(0)
 
@@ -181,17 +185,28 @@ def test_describe_lists_and_adds_up():
   assert text.splitlines()[-1].split() == ["total", f"{3 * count(KINDS):,}"]
 
 
-def test_gather_casts_but_not_what_stays_float32():
-  """Mixed precision: matrices narrow, norm scales keep float32."""
+def test_gather_casts_what_travels():
+  """On a mesh matrices travel narrow, norm scales float32; gradients wide.
+
+  On one device there is nothing to do: `dot` casts where it multiplies.
+  """
   x = init(KINDS, KEY)
-  y = gather(x, KINDS, None, jnp.bfloat16)
-  assert y.pop("scale").dtype == jnp.float32
-  assert {a.dtype for a in jax.tree.leaves(y)} == {jnp.bfloat16.dtype}
-
-  def loss(x):
-    return gather(x, KINDS, None, jnp.bfloat16)["matrix"].sum()
-
-  assert jax.grad(loss)(x)["matrix"].dtype == jnp.float32
+  rules = preset("fsdp")
+  alone = gather(x, KINDS, rules, jnp.bfloat16)
+  assert all(jax.tree.leaves(jax.tree.map(lambda a, b: a is b, alone, x)))
+  mesh = make_mesh(rules)
+  with jax.sharding.set_mesh(mesh):
+    spread = jax.device_put(x, shardings(KINDS, mesh, rules))
+    y = gather(spread, KINDS, rules, jnp.bfloat16)
+    assert spread["matrix"].sharding.spec == PartitionSpec("fsdp", None)
+    assert y["matrix"].sharding.is_fully_replicated
+    assert y.pop("scale").dtype == jnp.float32
+    assert {a.dtype for a in jax.tree.leaves(y)} == {jnp.bfloat16.dtype}
+    grad = jax.grad(
+      lambda x: gather(x, KINDS, rules, jnp.bfloat16)["matrix"].sum()
+    )(spread)["matrix"]
+    assert grad.dtype == jnp.float32
+    assert grad.sharding == spread["matrix"].sharding
 
 
 def test_a_param_names_every_dimension():
