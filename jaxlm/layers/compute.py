@@ -27,6 +27,8 @@ class Compute:
   Attributes:
     dtype: of activations and of matmul operands ('float32', 'bfloat16',
       'float16'); sums are float32 always.
+    residual: dtype of the sum over layers; float32 costs memory and keeps what
+      many small additions would lose.
     remat: what the backward pass recomputes: 'none' keeps all activations,
       'dots' keeps the results of matmuls, 'full' keeps each block's input.
     unroll: True writes every layer out (faster for small models on a CPU),
@@ -39,6 +41,7 @@ class Compute:
   """
 
   dtype: str = "float32"
+  residual: str = "float32"
   remat: str = "none"
   unroll: bool = False
   attention: str = "auto"

@@ -84,15 +84,16 @@ class Block:
     compute: Compute,
   ) -> tuple[Array, dict[str, Array] | None]:
     """Maps `x` [batch, seq, dim] to the same shape; threads the cache."""
-    h = self.norm(p["mixer_norm"], x)
+    dtype = compute.jnp_dtype
+    h = self.norm(p["mixer_norm"], x).astype(dtype)
     y, cache = self.mixer(p["mixer"], h, at, cache, compute)
-    mixed = x + self._branch(p, "mixer", y, at, 0)
+    mixed = x + self._branch(p, "mixer", y, at, 0).astype(x.dtype)
     if self.parallel:
       h = self.norm(p["ffn_norm"], x)
     else:
       h = self.norm(p["ffn_norm"], mixed)
-    y = self.ffn(p["ffn"], h, compute)
-    return mixed + self._branch(p, "ffn", y, at, 1), cache
+    y = self.ffn(p["ffn"], h.astype(dtype), compute)
+    return mixed + self._branch(p, "ffn", y, at, 1).astype(x.dtype), cache
 
   def _branch(self, p, name: str, y: Array, at: At, site: int) -> Array:
     """What is added to the residual stream: post-norm, then dropout."""
@@ -249,6 +250,7 @@ def hidden(
       pattern, n, params["layers"][name], x, at, here, compute, first
     )
   x = model.norm(_gather(model, params, "norm", compute), x)
+  x = x.astype(compute.jnp_dtype)
   kept = cache is not None or compute.watch
   return x, new_cache if kept else None
 
@@ -256,8 +258,8 @@ def hidden(
 def embed(
   model: Decoder, params: Tree, tokens: Array, at: At, compute: Compute
 ) -> Array:
-  """Token and position embeddings `[batch, seq, dim]` in the compute dtype."""
-  dtype = compute.jnp_dtype
+  """Token and position embeddings `[batch, seq, dim]`, the residual stream."""
+  dtype = jnp.dtype(compute.residual)
   p = _gather(model, params, "embed", compute)
   spec = compute.spec(("batch", "seq", "embed"), (*tokens.shape[:2], model.dim))
   if tokens.ndim == 3:
