@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -110,10 +111,11 @@ def make_step(
   def one(state: TrainState, batch: Tree) -> tuple[TrainState, dict]:
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     grads, metrics = _gradients(loss_fn, state, batch, key, accumulate)
-    metrics["grad_norm"] = optax.global_norm(grads)
+    metrics["grad_norm"] = optax.tree.norm(grads)
     return _apply(tx, state, grads, metrics, ema_decay)
 
   def call(state: TrainState, batch: Tree) -> tuple[TrainState, dict]:
+    chex.assert_tree_shape_prefix(batch, (steps, accumulate))
     if steps > 1:
       return jax.lax.scan(one, state, batch)
     state, metrics = one(state, jax.tree.map(lambda x: x[0], batch))
