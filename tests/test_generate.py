@@ -223,6 +223,16 @@ def test_lengths_compile_once_per_size():
   assert (decode._begin._cache_size(), decode._extend._cache_size()) == sizes
 
 
+def test_a_text_that_slides_compiles_once():
+  """The second window has the shapes of the first, and is as quick to begin."""
+  model, params = make("modern")
+  params = jax.device_put(params, jax.devices()[0])  # as `load` leaves them
+  sizes = decode._begin._cache_size(), decode._extend._cache_size()
+  generate(model, params, prompts(2, 3), 120, slide=True)
+  after = decode._begin._cache_size(), decode._extend._cache_size()
+  assert after == (sizes[0] + 1, sizes[1] + 1)
+
+
 # --- Errors -----------------------------------------------------------------
 
 

@@ -317,12 +317,14 @@ def _blocks(
     tokens = np.zeros((len(text), seq), np.int32)
     tokens[:, seq - longest :] = text[:, text.shape[1] - longest :]
     state = _begin(method, length, params, tokens, lengths, rows)
-    for after, block in _window(method, params, state, room, pace):
+    for ended, block in _window(method, params, state, room, pace):
       yield block
       text = np.concatenate([text, block], axis=1)
       made += block.shape[1]
-      rows = after.rows
-    if np.all(rows.ended):
+      # NumPy's, like the first ones: arrays that live on a device are another
+      # kind of argument, for which the program would be compiled again.
+      rows = rows.replace(made=np.int32(made), ended=ended)
+    if rows.ended.all():
       return
     lengths = lengths + room
 
@@ -340,24 +342,26 @@ def _sizes(most: int, half: int, longest: int, n: int) -> tuple[int, int]:
 
 def _window(
   method: Method, params: Tree, state: State, room: int, pace: float | None
-) -> Iterator[tuple[State, np.ndarray]]:
-  """Up to `room` tokens in blocks, whose size follows from the time it took.
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """Which rows have ended, `[batch]`, and new tokens, up to `room` in all.
 
-  The first block is the token that reading the prompt has made.
+  The size of a block follows from the time the last one took. The first token
+  is the one that reading the prompt has made.
   """
   done, size = 0, room if pace is None else 1
   while done < room:
     began = time.perf_counter()
     until = min(done + size, room)
     state = _extend(method, params, state, np.int32(until))
-    filled = int(state.filled)
-    # A copy: the buffer itself is given to the next call.
-    yield state, np.array(state.out)[:, done:filled]
-    if filled < until or np.all(state.rows.ended):
-      return
+    # Copies: the buffers themselves are given to the next call.
+    filled, ended = int(state.filled), np.array(state.rows.ended)
+    new = np.array(state.out)[:, done:filled]
     took, done = time.perf_counter() - began, filled
     if pace is not None:
       size = size * 2 if 2 * took < pace else max(1, size // 2)
+    yield ended, new
+    if ended.all():
+      return
 
 
 def rounded(n: int) -> int:
