@@ -1,5 +1,7 @@
 """Samplers: the sets they keep, and the distributions they draw from."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -97,6 +99,28 @@ def test_filters_see_what_earlier_ones_left():
   both = TopP(0.5)(TopK(2)(logits))  # 0.4 / 0.7 is more than half
   assert np.isfinite(both).tolist() == [[True, False, False, False]]
   assert np.isfinite(TopP(0.5)(logits)).tolist() == [[True, True, False, False]]
+
+
+GOLDEN = Path(__file__).parent / "golden" / "samplers.npz"
+
+# As in golden/make_samplers.py.
+CHAINS = [
+  *((1.0, None, 0.1), (1.0, None, 0.5), (1.0, None, 0.9), (1.0, None, 0.99)),
+  *((1.0, 3, None), (0.7, 8, 0.8), (1.5, None, 0.95), (0.3, 5, 0.6)),
+]
+
+
+@pytest.mark.parametrize("part", range(len(CHAINS)))
+def test_chains_keep_what_transformers_keeps(part: int):
+  """The sets of its warpers on 10,000 rows, in eight chains."""
+  with np.load(GOLDEN) as golden:
+    logits = np.split(golden["logits"], len(CHAINS))[part]
+    bits = np.split(golden["kept"], len(CHAINS))[part]
+  scores = jnp.asarray(logits.astype(np.float32) / 256)
+  for keep in Sample(*CHAINS[part]).filters:
+    scores = keep(scores)
+  kept = np.unpackbits(bits, axis=1, count=logits.shape[1]).astype(bool)
+  np.testing.assert_array_equal(np.isfinite(scores), kept)
 
 
 # --- Draws ------------------------------------------------------------------

@@ -4,7 +4,7 @@ A sampler is a frozen value with one method, `(logits [batch, vocab], key) ->
 tokens [batch]`. `Sample` draws from the softmax of its filters applied in
 order; a filter is a frozen value too, `(logits) -> logits`, and rules a token
 out by -inf. The sets that filters keep are those of the `LogitsWarper` of the
-same name in Hugging Face transformers, ties included.
+same name in Hugging Face transformers.
 """
 
 import math
@@ -68,7 +68,8 @@ class TopP:
   """Keeps the smallest set of likeliest tokens whose mass is at least `p`.
 
   The nucleus of Holtzman et al., arXiv:1904.09751, section 3.1. At least one
-  token stays. Of equally likely tokens at the border, those of higher id do.
+  token stays. Of equally likely ones at the border those of higher id stay;
+  transformers leaves that to its sort.
   """
 
   p: float
