@@ -16,7 +16,7 @@ from jaxlm.config import default_config
 def get_config() -> ConfigDict:
   """A 4-layer decoder of width 256, 128 tokens of context."""
   config = default_config()
-  config.steps = 800
+  config.steps = 600
   config.batch_size = 16
   config.seq_len = 128
   config.precision = "bfloat16"
@@ -35,10 +35,10 @@ def get_config() -> ConfigDict:
   config.optimizer.lr = 3e-3
   config.optimizer.muon_lr = 0.02
   config.optimizer.warmup = 40
-  config.optimizer.end_lr = 0.05
+  config.optimizer.end_lr = 0.0
 
   config.data.tokenizer = "bpe"
-  config.data.vocab = 4096
+  config.data.vocab = 2048
 
   config.sample.prompt = "The str type"
   config.sample.tokens = 160
