@@ -12,7 +12,8 @@ import pytest
 import jaxlm.generate
 from jaxlm.errors import UserError
 from jaxlm.generate import decode
-from jaxlm.generate.decode import generate, pad_left, ready, row_keys, stream
+from jaxlm.generate.decode import generate, ready, stream
+from jaxlm.generate.prompts import pad_left, row_keys
 from jaxlm.generate.samplers import Greedy, Sample
 from jaxlm.layers.attention import Attention
 from jaxlm.layers.compute import Compute

@@ -11,7 +11,7 @@ a row says depends neither on its neighbours nor on how it was called.
 
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from jaxlm.errors import UserError
+from jaxlm.generate.prompts import Prompts, Rows, check
 from jaxlm.generate.samplers import Greedy, Sampler
 from jaxlm.layers.attend import At
 from jaxlm.layers.cache import empty
 from jaxlm.layers.compute import Compute
 from jaxlm.layers.param import map_params
-from jaxlm.layers.position import Learned
 from jaxlm.models.decoder import Decoder, hidden, layers_apart, logits
 
 Array = jax.Array
@@ -62,7 +61,7 @@ def generate(
       that the same call gives the same tokens.
     lengths: where prompts differ in length, how many of the last tokens of
       each row are its prompt, `[batch]`; what stands before is not read.
-      `pad_left` makes both.
+      `prompts.pad_left` makes both.
     eot: a row ends with this token, and is filled up with it.
     slide: where a text outgrows the positions of the model, read the last
       half of them again and go on from there; else that is an error.
@@ -76,13 +75,15 @@ def generate(
       tokens than the model has positions for.
   """
   method = Method(model, sampler, compute)
-  job = _job(method, tokens, max_new_tokens, key, lengths, eot, slide)
-  out = np.full((len(job.tokens), max_new_tokens), job.rows.eot, np.int32)
+  prompts = check(model, tokens, max_new_tokens, key, lengths, eot, slide)
+  out = np.full(
+    (len(prompts.tokens), max_new_tokens), prompts.rows.eot, np.int32
+  )
   made = 0
-  for block in _blocks(method, params, job, max_new_tokens, pace=None):
+  for block in _blocks(method, params, prompts, max_new_tokens, pace=None):
     out[:, made : made + block.shape[1]] = block
     made += block.shape[1]
-  return jnp.asarray(np.concatenate([job.tokens, out], axis=1))
+  return jnp.asarray(np.concatenate([prompts.tokens, out], axis=1))
 
 
 def stream(
@@ -107,43 +108,9 @@ def stream(
   one.
   """
   method = Method(model, sampler, compute)
-  job = _job(method, tokens, max_new_tokens, key, lengths, eot, slide)
-  blocks = _blocks(method, params, job, max_new_tokens, pace)
+  prompts = check(model, tokens, max_new_tokens, key, lengths, eot, slide)
+  blocks = _blocks(method, params, prompts, max_new_tokens, pace)
   return (token for block in blocks for token in block.T)
-
-
-def pad_left(
-  prompts: Sequence[Sequence[int]], pad: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
-  """Prompts of unequal lengths as `tokens` and `lengths` for `generate`.
-
-  >>> tokens, lengths = pad_left([[1, 2, 3], [4]])
-  >>> tokens.tolist(), lengths.tolist()
-  ([[1, 2, 3], [0, 0, 4]], [3, 1])
-  """
-  lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-  tokens = np.full((len(prompts), max(lengths, default=0)), pad, np.int32)
-  for row, prompt in zip(tokens, prompts, strict=True):
-    row[len(row) - len(prompt) :] = prompt
-  return tokens, lengths
-
-
-def row_keys(key: Array | None, batch: int) -> Array:
-  """A key for each row, `[batch]`; one key per row stays as it is.
-
-  Raises:
-    UserError: if there are keys for another number of rows.
-  """
-  key = jax.random.key(0) if key is None else key
-  if key.ndim == 0:
-    rows = jnp.arange(batch, dtype=jnp.uint32)
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
-  if key.shape != (batch,):
-    raise UserError(
-      f"keys of shape {key.shape} do not fit {batch} prompts; pass one key, or "
-      "one for each prompt"
-    )
-  return key
 
 
 def ready(model: Decoder, params: Tree, compute: Compute = UNROLLED) -> Tree:
@@ -178,23 +145,6 @@ class Method:
   model: Decoder
   sampler: Sampler
   compute: Compute
-
-
-@struct.dataclass
-class Rows:
-  """What the rows of a batch are, apart from their tokens.
-
-  Attributes:
-    keys: randomness of each row, [batch].
-    made: number of new tokens so far, int32.
-    ended: rows that have ended, bool [batch].
-    eot: the token that ends a row; -1 for none, int32.
-  """
-
-  keys: Array
-  made: Array
-  ended: Array
-  eot: Array
 
 
 @struct.dataclass
@@ -288,17 +238,8 @@ def _advance(
 # --- Around it --------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Job:
-  """Checked input: prompts [batch, seq], their lengths [batch], their rows."""
-
-  tokens: np.ndarray
-  lengths: np.ndarray
-  rows: Rows
-
-
 def _blocks(
-  method: Method, params: Tree, job: _Job, n: int, pace: float | None
+  method: Method, params: Tree, prompts: Prompts, n: int, pace: float | None
 ) -> Iterator[np.ndarray]:
   """New tokens, int32 `[batch, some]`; one window of positions after another.
 
@@ -307,7 +248,7 @@ def _blocks(
   most = method.model.max_positions
   half = max(most // 2, 1)
   params = ready(method.model, params, method.compute)
-  text, lengths, rows, made = job.tokens, job.lengths, job.rows, 0
+  text, lengths, rows, made = prompts.tokens, prompts.lengths, prompts.rows, 0
   seq, length = _sizes(most, half, int(lengths.max()), n)
   while made < n:
     if lengths.max() > most:  # slide: forget all but half of a window
@@ -319,7 +260,7 @@ def _blocks(
     state = _begin(method, length, params, tokens, lengths, rows)
     for ended, block in _window(method, params, state, room, pace):
       yield block
-      text = np.concatenate([text, block], axis=1)
+      text = np.concatenate([text, block], axis=1)[:, -most:]
       made += block.shape[1]
       # NumPy's, like the first ones: arrays that live on a device are another
       # kind of argument, for which the program would be compiled again.
@@ -372,85 +313,3 @@ def rounded(n: int) -> int:
   """
   step = max(16, 1 << max(n.bit_length() - 3, 0))
   return -(-n // step) * step
-
-
-def _job(
-  method: Method,
-  tokens: Any,
-  n: int,
-  key: Array | None,
-  lengths: Any,
-  eot: int | None,
-  slide: bool,
-) -> _Job:
-  """Checks what the caller gave.
-
-  Raises:
-    UserError: as `generate`.
-  """
-  tokens = _checked_tokens(method.model, tokens)
-  lengths = _checked_lengths(lengths, *tokens.shape)
-  if n < 0:
-    raise UserError(f"max_new_tokens={n} is negative; use 0 or more")
-  _check_room(method.model, int(lengths.max()), n, slide)
-  rows = Rows(
-    keys=row_keys(key, len(tokens)),
-    made=np.int32(0),
-    ended=np.zeros(len(tokens), bool),
-    eot=np.int32(-1 if eot is None else eot),
-  )
-  return _Job(tokens, lengths, rows)
-
-
-def _checked_tokens(model: Decoder, tokens: Any) -> np.ndarray:
-  """Prompts as int32 `[batch, seq]`."""
-  try:
-    tokens = np.asarray(tokens)
-  except ValueError:  # rows of unequal lengths
-    tokens = np.zeros(0)
-  if tokens.ndim != 2 or (tokens.dtype.kind not in "iu" and tokens.size):
-    raise UserError(
-      "tokens must be integers [batch, seq], one row per prompt; for prompts "
-      "of unequal lengths use jaxlm.generate.decode.pad_left"
-    )
-  if 0 in tokens.shape:
-    raise UserError(
-      "the prompt is empty; give at least one token, for example "
-      "the tokenizer's end-of-text token, which documents follow"
-    )
-  low, high = int(tokens.min()), int(tokens.max())
-  if low < 0 or high >= model.vocab:
-    raise UserError(
-      f"token {low if low < 0 else high} is outside the vocabulary of "
-      f"{model.vocab} tokens; encode the prompt with the tokenizer this model "
-      "was trained with"
-    )
-  return tokens.astype(np.int32)
-
-
-def _checked_lengths(lengths: Any, batch: int, seq: int) -> np.ndarray:
-  """How many tokens of each row are its prompt, int32 `[batch]`."""
-  if lengths is None:
-    return np.full(batch, seq, np.int32)
-  lengths = np.asarray(lengths)
-  if lengths.shape != (batch,) or lengths.min() < 1 or lengths.max() > seq:
-    raise UserError(
-      f"lengths={lengths.tolist()} do not fit prompts of shape "
-      f"[{batch}, {seq}]; give one number from 1 to {seq} for each row"
-    )
-  return lengths.astype(np.int32)
-
-
-def _check_room(model: Decoder, longest: int, n: int, slide: bool) -> None:
-  """Raises where the model's positions would not suffice."""
-  # The last new token is never read, and so needs none.
-  most, needed = model.max_positions, longest + n - 1
-  if slide or n == 0 or needed <= most:
-    return
-  kind = "learned" if isinstance(model.positions, Learned) else "been made for"
-  raise UserError(
-    f"{longest} tokens of prompt and {n} new ones need {needed} positions, and "
-    f"this model has {kind} {most}; ask for at most "
-    f"{max(most + 1 - longest, 0)} new tokens, or pass slide=True to go on "
-    "from the last half of them"
-  )

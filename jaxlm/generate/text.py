@@ -13,6 +13,7 @@ from jax.experimental import multihost_utils
 from jaxlm.data.tokenizer import TextStream, Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.generate import decode
+from jaxlm.generate.prompts import row_keys
 from jaxlm.generate.samplers import Sampler, make_sampler
 from jaxlm.layers.compute import Compute
 from jaxlm.models.decoder import Decoder
@@ -102,7 +103,7 @@ class Writer:
 
   def texts(self, prompt: str, n: int) -> list[str]:
     """`n` texts, which are made side by side."""
-    keys = decode.row_keys(self.key, n)
+    keys = row_keys(self.key, n)
     found = [*self._tokens(prompt, keys)]
     rows = np.stack(found, axis=1) if found else np.zeros((n, 0), int)
     texts = [TextStream(self.tokenizer) for _ in rows]
