@@ -22,6 +22,8 @@ def parse_sizes(text: str) -> dict[str, int]:
       raise UserError(
         f"parallel.mesh names the axis {name!r}; known: {', '.join(MESH_AXES)}"
       )
+    if name in sizes:
+      raise UserError(f"parallel.mesh names the axis {name!r} twice")
     try:
       sizes[name] = int(size)
     except ValueError:
@@ -61,10 +63,11 @@ def make_mesh(
     wanted = dict.fromkeys(MESH_AXES, 1) | {free[0]: len(devices)}
   if math.prod(wanted.values()) != len(devices):
     shape = " x ".join(f"{k}:{v}" for k, v in wanted.items())
+    needs = f"a multiple of {fixed}" if -1 in wanted.values() else fixed
     raise UserError(
-      f"a mesh of {shape} needs {math.prod(wanted.values())} devices and "
-      f"there are {len(devices)}; set parallel.mesh to sizes that multiply "
-      f"to {len(devices)}, or to -1 to fill in"
+      f"a mesh of {shape} needs {needs} devices and there are "
+      f"{len(devices)}; set parallel.mesh to sizes that multiply to "
+      f"{len(devices)}, or one of them to -1 to fill in"
     )
   return jax.make_mesh(
     tuple(wanted.values()),
