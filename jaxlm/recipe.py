@@ -87,7 +87,9 @@ def compute(config: Config) -> Compute:
 def schedule(config: Config) -> Schedule:
   """The learning rate by step; with Muon, that of what is not Muon's."""
   o = config.optimizer
-  return make_schedule(o.schedule, o.lr, config.steps, o.warmup, o.end_lr)
+  return make_schedule(
+    o.schedule, o.lr, config.steps, o.warmup, o.end_lr, o.decay_share
+  )
 
 
 def optimizer(config: Config, tree: Any, lr: Schedule) -> Any:

@@ -4,7 +4,7 @@
     python -m jaxlm.train --config=configs/tiny.py --explain
     python -m jaxlm.train --workdir=runs/tiny          # continues that run
 
-Read `train` from top to bottom: data, model, mesh, optimizer, state, step,
+Read `_train` from top to bottom: data, model, mesh, optimizer, state, step,
 loop, end. A run is a function of its config: the order of the data and all
 randomness follow from (seed, step). So a run that was stopped, at whatever
 moment, continues to the very bits it would have had.
@@ -69,6 +69,26 @@ def train(config: FrozenConfigDict, workdir: Path) -> TrainState:
       loss that is not a number. What is already saved is never harmed.
   """
   _claim(workdir, config)
+  with (
+    jax.set_mesh(recipe.mesh(config)),
+    Checkpoints(
+      workdir / "checkpoints",
+      keep=config.checkpoint.keep,
+      best="val_loss" if config.checkpoint.best else None,
+    ) as checkpoints,
+    Interrupt() as interrupted,
+  ):
+    return _train(config, workdir, checkpoints, interrupted)
+
+
+def _train(
+  config: FrozenConfigDict,
+  workdir: Path,
+  checkpoints: Checkpoints,
+  interrupted: Interrupt,
+) -> TrainState:
+  """The run itself, from top to bottom."""
+  mesh = jax.sharding.get_mesh()
 
   # --- Data -------------------------------------------------------------------
   corpus = data.prepare(**recipe.data_arguments(config))
@@ -95,23 +115,16 @@ def train(config: FrozenConfigDict, workdir: Path) -> TrainState:
   # --- Model and mesh ---------------------------------------------------------
   model = recipe.model(config, corpus.tokenizer.vocab_size)
   compute = recipe.compute(config)
-  mesh = recipe.mesh(config)
   device = mesh.devices.flat[0].device_kind
   print(
     f"model    {config.model.family}, {model.n_params():,} parameters, "
     f"{config.precision} on {mesh.size} x {device}"
   )
-  jax.set_mesh(mesh)
 
   # --- Optimizer and state ----------------------------------------------------
   schedule = recipe.schedule(config)
   tx = recipe.optimizer(config, model.params(), schedule)
   state = _fresh_state(config, model, tx, mesh)
-  checkpoints = Checkpoints(
-    workdir / "checkpoints",
-    keep=config.checkpoint.keep,
-    best="val_loss" if config.checkpoint.best else None,
-  )
   if checkpoints.latest() is not None:
     state = checkpoints.restore(_places(state)).state
     print(f"continue at step {int(state.step)} of {workdir}")
@@ -206,36 +219,35 @@ def train(config: FrozenConfigDict, workdir: Path) -> TrainState:
     checkpoints.note(step, val_loss=look(step, state))
 
   pending = None
-  with Interrupt() as interrupted:
-    while step < config.steps and not interrupted:
-      n = min(config.steps_per_call, _next_event(config, step) - step)
-      parts = itertools.islice(feed, n)
-      batch = _put(mesh, compute.rules, config.accumulate, *parts)
-      state, result = step_fn(n)(state, batch)
-      if pending:
-        report(*pending)
-      step, pending = step + n, (step + n, result)
-      saving = _due(step, config.checkpoint_every, config.steps)
-      looking = held_out and _due(step, config.eval_every, config.steps)
-      sampling = _due(step, config.sample.every, config.steps)
-      if not (saving or looking or sampling or interrupted):
-        continue
+  while step < config.steps and not interrupted:
+    n = min(config.steps_per_call, _next_event(config, step) - step)
+    parts = itertools.islice(feed, n)
+    batch = _put(mesh, compute.rules, config.accumulate, *parts)
+    state, result = step_fn(n)(state, batch)
+    if pending:
       report(*pending)
-      pending = None
-      with clock.paused():
-        if saving or interrupted:
-          checkpoints.save(step, state, {"step": step}, config.to_dict())
-        if interrupted:
-          break
-        if looking:
-          loss = look(step, state)
-          if step in checkpoints:
-            checkpoints.note(step, val_loss=loss)
-        if sampling and config.sample.tokens:
-          sample(step, state)
-        if looking and _stale(workdir) >= (config.early_stop or math.inf):
-          print(f"early stop: {config.early_stop} evaluations without gain")
-          break
+    step, pending = step + n, (step + n, result)
+    saving = _due(step, config.checkpoint_every, config.steps)
+    looking = held_out and _due(step, config.eval_every, config.steps)
+    sampling = _due(step, config.sample.every, config.steps)
+    if not (saving or looking or sampling or interrupted):
+      continue
+    report(*pending)
+    pending = None
+    with clock.paused():
+      if saving or interrupted:
+        checkpoints.save(step, state, {"step": step}, config.to_dict())
+      if interrupted:
+        break
+      if looking:
+        loss = look(step, state)
+        if step in checkpoints:
+          checkpoints.note(step, val_loss=loss)
+      if sampling and config.sample.tokens:
+        sample(step, state)
+      if looking and _stale(workdir) >= (config.early_stop or math.inf):
+        print(f"early stop: {config.early_stop} evaluations without gain")
+        break
 
   # --- End --------------------------------------------------------------------
   if step not in checkpoints:
