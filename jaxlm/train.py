@@ -10,6 +10,7 @@ randomness follow from (seed, step). So a run that was stopped, at whatever
 moment, continues to the very bits it would have had.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -69,26 +70,16 @@ def train(config: FrozenConfigDict, workdir: Path) -> TrainState:
       loss that is not a number. What is already saved is never harmed.
   """
   _claim(workdir, config)
-  with (
-    jax.set_mesh(recipe.mesh(config)),
-    Checkpoints(
-      workdir / "checkpoints",
-      keep=config.checkpoint.keep,
-      best="val_loss" if config.checkpoint.best else None,
-    ) as checkpoints,
-    Interrupt() as interrupted,
-  ):
-    return _train(config, workdir, checkpoints, interrupted)
+  with contextlib.ExitStack() as scope:
+    return _train(config, workdir, scope.enter_context)
 
 
 def _train(
-  config: FrozenConfigDict,
-  workdir: Path,
-  checkpoints: Checkpoints,
-  interrupted: Interrupt,
+  config: FrozenConfigDict, workdir: Path, enter: Callable[[Any], Any]
 ) -> TrainState:
-  """The run itself, from top to bottom."""
-  mesh = jax.sharding.get_mesh()
+  """The run itself; what it enters is left again, whatever happens."""
+  mesh = recipe.mesh(config)
+  enter(jax.set_mesh(mesh))
 
   # --- Data -------------------------------------------------------------------
   corpus = data.prepare(**recipe.data_arguments(config))
@@ -125,6 +116,13 @@ def _train(
   schedule = recipe.schedule(config)
   tx = recipe.optimizer(config, model.params(), schedule)
   state = _fresh_state(config, model, tx, mesh)
+  checkpoints = enter(
+    Checkpoints(
+      workdir / "checkpoints",
+      keep=config.checkpoint.keep,
+      best="val_loss" if config.checkpoint.best else None,
+    )
+  )
   if checkpoints.latest() is not None:
     state = checkpoints.restore(_places(state)).state
     print(f"continue at step {int(state.step)} of {workdir}")
@@ -161,13 +159,15 @@ def _train(
   flops = 3 * model.flops_per_token(config.seq_len)
   peak = speed.matmul_peak(compute.dtype)
   feed = batches.stream(step)
-  log = Log(
-    workdir,
-    tensorboard=config.log.tensorboard,
-    wandb=config.log.wandb is not None,
-    config=config.to_dict(),
-    step=step,
-    write=jax.process_index() == 0,
+  log = enter(
+    Log(
+      workdir,
+      tensorboard=config.log.tensorboard,
+      wandb=config.log.wandb is not None,
+      config=config.to_dict(),
+      step=step,
+      write=jax.process_index() == 0,
+    )
   )
 
   def report(last: int, result: dict[str, jax.Array]) -> None:
@@ -218,7 +218,7 @@ def _train(
   if owed and log.last("val_loss") != step:  # killed before it was evaluated
     checkpoints.note(step, val_loss=look(step, state))
 
-  pending = None
+  pending, interrupted = None, enter(Interrupt())
   while step < config.steps and not interrupted:
     n = min(config.steps_per_call, _next_event(config, step) - step)
     parts = itertools.islice(feed, n)
