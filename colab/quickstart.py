@@ -27,7 +27,8 @@ import sys
 
 if importlib.util.find_spec("jaxlm") is None:
   # On a TPU or GPU runtime use ".[tpu]" or ".[cuda12]" instead of ".".
-  subprocess.run([sys.executable, "-m", "pip", "install", "-e", "."], check=True)
+  pip = [sys.executable, "-m", "pip", "install", "-e", "."]
+  subprocess.run(pip, check=True)
 
 # %%
 import os
@@ -44,15 +45,16 @@ print(jax.devices())
 # %% [markdown]
 # ## A run is a config
 #
-# `configs/tiny.py` starts from the defaults and changes about twenty keys. A key
-# on the command line, or in this list, overrides the file.
+# `configs/tiny.py` starts from the defaults and changes about twenty keys. A
+# key on the command line, or in this list, overrides the file.
 
 # %%
 from jaxlm import program
 from jaxlm.explain import explain
 from jaxlm.train import train
 
-root = next(p for p in [Path.cwd(), Path.cwd().parent] if (p / "configs").is_dir())
+places = [Path.cwd(), Path.cwd().parent]
+root = next(p for p in places if (p / "configs").is_dir())
 steps = int(os.environ.get("QUICKSTART_STEPS", "600"))
 run = program.load(
   [
@@ -68,8 +70,8 @@ print(explain(run.config)[-3000:])
 # %% [markdown]
 # ## Train
 #
-# The same function that `python -m jaxlm.train` calls. Interrupt it if you like:
-# running the cell again continues where it stopped.
+# The same function that `python -m jaxlm.train` calls. Interrupt it if you
+# like: running the cell again continues where it stopped.
 
 # %%
 state = train(run.config, run.workdir)

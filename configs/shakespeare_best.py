@@ -1,11 +1,11 @@
-"""The lowest character loss on tiny Shakespeare within 40 minutes on 2 cores.
+r"""The lowest character loss on tiny Shakespeare within 40 minutes on 2 cores.
 
 The modern decoder at 6 layers and 256 wide, context 256, trained by Muon for
 sixteen passes over the text, held back by dropout; the learning rate falls
 in a line to zero. The yardstick is nanoGPT's published 1.4697, which took a GPU
 and a model more than twice as large.
 
-    python -m jaxlm.train --config=configs/shakespeare_best.py \\
+    python -m jaxlm.train --config=configs/shakespeare_best.py \
         --config.data.path=tinyshakespeare.txt
 
 Any text file will do; without a path it trains on Python's documentation.

@@ -1,11 +1,11 @@
-"""nanoGPT's CPU setting on characters: 4 layers, 4 heads, 128 wide.
+r"""nanoGPT's CPU setting on characters: 4 layers, 4 heads, 128 wide.
 
 Source: github.com/karpathy/nanoGPT, README, "I only have a macbook": context
 64, batch 12, 2000 steps, dropout 0. Its text is tiny Shakespeare, split 90/10.
 
-    python -m jaxlm.train --config=configs/shakespeare_char.py \\
+    python -m jaxlm.train --config=configs/shakespeare_char.py \
         --config.data.path=tinyshakespeare.txt
-    python -m jaxlm.train --config=configs/shakespeare_char.py \\
+    python -m jaxlm.train --config=configs/shakespeare_char.py \
         --config.data.path=tinyshakespeare.txt --config.style=modern
 
 Any text file will do; without a path it trains on Python's documentation.
