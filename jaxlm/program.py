@@ -42,16 +42,17 @@ class Run:
   flags: argparse.Namespace
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
   """An argument parser whose errors are UserErrors."""
 
   def error(self, message: str) -> NoReturn:
+    """Raises instead of printing and exiting."""
     raise UserError(f"{message}; --help shows all flags")
 
 
 def parser(description: str) -> argparse.ArgumentParser:
   """A parser with the flags every program has; add the program's own to it."""
-  flags = _Parser(
+  flags = Parser(
     description=description,
     epilog="keys (--config.KEY=VALUE) and their defaults:\n" + keys.table(),
     formatter_class=argparse.RawDescriptionHelpFormatter,

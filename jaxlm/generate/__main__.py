@@ -13,7 +13,7 @@ import itertools
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 
@@ -26,16 +26,9 @@ from jaxlm.generate.text import Writer
 from jaxlm.layers.compute import Compute
 
 
-class _Parser(argparse.ArgumentParser):
-  """An argument parser whose errors are UserErrors."""
-
-  def error(self, message: str) -> NoReturn:
-    raise UserError(f"{message}; --help shows all flags")
-
-
 def parser() -> argparse.ArgumentParser:
   """The flags; those not given follow the run's own `config.sample`."""
-  flags = _Parser(
+  flags = program.Parser(
     prog="python -m jaxlm.generate",
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
