@@ -185,6 +185,19 @@ def test_a_finished_run_has_nothing_to_do(whole, text):
   assert records(whole[1]) == before
 
 
+def test_a_run_continues_on_another_mesh(text, tmp_path):
+  """Saved from a batch over 8 devices, read into parameters split over 8."""
+  first = ("eval_every=0", "sample.tokens=0", "optimizer.schedule=constant")
+  run(text, tmp_path / "run", "steps=6", *first)
+  split = ("parallel.preset=fsdp", *first)
+  state = run(text, tmp_path / "run", *split)
+  table = state.params["embed"]["tokens"]
+  assert table.addressable_shards[0].data.shape == (256, 2)
+  alone = run(text, tmp_path / "alone", *first)
+  for a, b in zip(arrays(state.params), arrays(alone.params), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
   "keys",
   [
@@ -192,6 +205,8 @@ def test_a_finished_run_has_nothing_to_do(whole, text):
     ("accumulate=2", "batch_size=16", "data.windows=packed"),
     ("precision=float16", "ema=0.9"),
     ("parallel.preset=fsdp", "optimizer.name=muon"),
+    ("optimizer.name=muon", "optimizer.qk_clip=0.01"),
+    ("spike_skip=3.0", "remat=full", "loss_chunk=5"),
   ],
 )
 def test_options_train(text, tmp_path, keys):
