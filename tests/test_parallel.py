@@ -51,7 +51,7 @@ def batches(rows: int = ROWS) -> dict[str, np.ndarray]:
 
 
 def train(name: str, rules: Rules | None, mesh=None, rows: int = ROWS):
-  """Twenty steps of AdamW with dropout; the state and the losses."""
+  """Twenty steps of AdamW with dropout: the state, and the metrics."""
   model, tx = MODELS[name], optax.adamw(1e-2)
 
   def loss_fn(params, batch, key):
@@ -62,7 +62,7 @@ def train(name: str, rules: Rules | None, mesh=None, rows: int = ROWS):
   params = jax.tree.map(lambda x: 0.3 * x, params)
   if mesh is None:
     state, metrics = step(create(params, tx), batch)
-    return state, metrics["loss"]
+    return state, metrics
   with jax.sharding.set_mesh(mesh):
     where = shardings(model.params(), mesh, rules)
     state = create(jax.device_put(params, where), tx)
@@ -71,7 +71,7 @@ def train(name: str, rules: Rules | None, mesh=None, rows: int = ROWS):
     )
     batch = jax.device_put(batch, NamedSharding(mesh, spec))
     state, metrics = step(state, batch)
-  return state, metrics["loss"]
+  return state, metrics
 
 
 @functools.cache
@@ -80,15 +80,17 @@ def alone(name: str, rows: int = ROWS):
   return train(name, None, rows=rows)
 
 
-def agree(name: str, state, losses, rows: int = ROWS) -> None:
-  """Losses of all steps to 1e-5, and the parameters they lead to."""
-  want_state, want = alone(name, rows)
-  assert want[-1] < want[0] - 0.3  # it has learned something
-  np.testing.assert_allclose(losses, want, rtol=1e-5)
-  for path, x in paths(state.params).items():
-    np.testing.assert_allclose(
-      x, paths(want_state.params)[path], rtol=0, atol=1e-4, err_msg=path
-    )
+def agree(name: str, metrics, rows: int = ROWS) -> None:
+  """Losses of all steps to 1e-5, and the norms of the gradients.
+
+  Parameters are not compared: where a gradient is zero but for rounding (the
+  bias of keys), Adam makes a step of the rounding's sign.
+  """
+  want = alone(name, rows)[1]
+  loss = want["loss"]
+  assert loss[-1] < loss[0] - 0.3  # it has learned something
+  np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+  np.testing.assert_allclose(metrics["grad_norm"], want["grad_norm"], rtol=1e-4)
 
 
 # --- Training ---------------------------------------------------------------
@@ -118,7 +120,7 @@ FEW = [(name, rule) for name, rule in ALL if name == "qwen3" or "_" in rule]
 )
 def test_eight_devices_train_as_one(name: str, rule: str):
   """Every preset, every family: forward, gradients, dropout, optimizer."""
-  agree(name, *on_mesh(name, rule))
+  agree(name, on_mesh(name, rule)[1])
 
 
 @pytest.mark.parametrize(
@@ -131,14 +133,14 @@ def test_eight_devices_train_as_one(name: str, rule: str):
 )
 def test_meshes_of_other_shapes(rule: str, sizes: str):
   """A preset is a table of names: it holds on any grid."""
-  agree("qwen3", *on_mesh("qwen3", rule, sizes))
+  agree("qwen3", on_mesh("qwen3", rule, sizes)[1])
 
 
 def test_rows_that_do_not_divide_are_replicated():
   """Six rows on eight devices: wasteful, and right."""
   rules = preset("dp")
-  state, losses = train("gpt2", rules, make_mesh(rules), rows=6)
-  agree("gpt2", state, losses, rows=6)
+  _, metrics = train("gpt2", rules, make_mesh(rules), rows=6)
+  agree("gpt2", metrics, rows=6)
 
 
 @pytest.mark.parametrize("rule", PRESETS)
