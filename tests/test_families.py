@@ -8,12 +8,14 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 
 from jaxlm.errors import UserError
 from jaxlm.layers.param import abstract, count, init
 from jaxlm.layers.position import Llama3
+from jaxlm.models.build import build
 from jaxlm.models.decoder import Decoder, forward
 from jaxlm.models.families import gpt2, llama, modern, qwen3
 from jaxlm.models.names import Names
@@ -229,3 +231,23 @@ def test_modern_rejects_an_unknown_ffn():
   """One sentence that lists what is known."""
   with pytest.raises(UserError, match=r"swiglu.*relu2, glu"):
     modern.decoder(ffn="swiglu")
+
+
+@pytest.mark.parametrize(
+  ("key", "value", "message"),
+  [
+    ("heads", 5, r"model.dim=128 does not divide into .*heads=5"),
+    ("kv_heads", 3, r"heads=4 does not divide into .*kv_heads=3"),
+    ("dropout", 1.0, r"dropout=1.0 is not a share"),
+    ("dropout", -0.1, r"dropout=-0.1 is not a share"),
+    ("vocab", 9, r"vocab=9 is less than the tokenizer's 65"),
+    ("max_positions", 8, r"seq_len=64 is more than .*max_positions=8"),
+  ],
+)
+def test_sizes_that_could_not_be_meant(key: str, value, message: str):
+  """A config whose sizes do not fit together: one sentence, in its words."""
+  model = {"family": "llama", "dim": 128, "layers": 2, "heads": 4}
+  model |= {"kv_heads": 2, "mlp_dim": 64, key: value}
+  config = ml_collections.ConfigDict({"seq_len": 64, "model": model})
+  with pytest.raises(UserError, match=message):
+    build(config, 65)

@@ -77,6 +77,11 @@ def _check(model: Decoder, vocab: int, seq_len: int) -> None:
       f"config.seq_len={seq_len} is more than config.model.max_positions="
       f"{model.max_positions}; raise the one or lower the other"
     )
+  for rate in {model.dropout, *(block.dropout for block in model.blocks)}:
+    if not 0.0 <= rate < 1.0:
+      raise UserError(
+        f"config.model.dropout={rate} is not a share: at least 0, below 1"
+      )
   for mixer in {block.mixer for block in model.blocks}:
     heads, groups = mixer.heads, mixer.groups
     if mixer.head_dim is None and mixer.dim % heads:
