@@ -402,7 +402,8 @@ def _dress(axes, train, valid) -> None:
   if len(train[0]):
     parts.append(f"training {_smooth(train[1])[-1]:.3f}")
   last = max(curve[0][-1] for curve in (train, valid) if len(curve[0]))
-  axes.set_title(f"Loss after {last:,.0f} steps: " + ", ".join(parts))
+  title = f"Loss after {last:,.0f} steps: " + ", ".join(parts)
+  axes.set_title(title, fontsize=11)
   axes.set_xlabel("step")
   axes.set_ylabel("loss (nats per token)")
   axes.grid(alpha=0.25)
