@@ -443,6 +443,7 @@ def test_a_cache_keeps_the_last_positions():
   assert written(4, [0, 1, 2], [3], [4], [5]) == [2, 3, 4, 5]
   assert written(4, [0, 1, 2, 3, 4, 5]) == [2, 3, 4, 5]
   assert written(4, [0, 1], [2, 3, 4, 5, 6, 7, 8]) == [5, 6, 7, 8]
+  assert written(4, [8, 7, 6, 5, 4, 3, 2]) == [5, 6, 7, 8]  # in any order
 
 
 def test_a_cache_skips_padding_on_either_side():
