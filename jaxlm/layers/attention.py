@@ -140,19 +140,21 @@ class Attention:
       p["o"],
       "btnh,nhd->btd",
       compute.spec(("batch", "seq", "embed"), x.shape),
+      jnp.float32,
     )
     if self.out_bias:
-      out = out + p["o_bias"].astype(out.dtype)[None, None]
+      out = out + p["o_bias"].astype(jnp.float32)[None, None]
     return out, cache
 
   def _project(
     self, p: dict[str, Any], x: Array, at: At
   ) -> tuple[Array, Array, Array]:
     """Queries, keys and values, normalised and turned."""
-    q, k, v = (dot(x, p[name], "btd,dnh->btnh") for name in "qkv")
+    wide = jnp.float32  # until the last step: a CPU is slow in bfloat16
+    q, k, v = (dot(x, p[name], "btd,dnh->btnh", dtype=wide) for name in "qkv")
     if self.bias:
       q, k, v = (
-        y + p[name + "_bias"].astype(y.dtype)[None, None]
+        y + p[name + "_bias"].astype(wide)[None, None]
         for name, y in zip("qkv", (q, k, v), strict=True)
       )
 
@@ -168,7 +170,7 @@ class Attention:
       q, k = self.position(q, where), self.position(k, where)
     if self.norm_after_rope:
       q, k = norm(q, k)
-    return q, k, v
+    return q.astype(x.dtype), k.astype(x.dtype), v.astype(x.dtype)
 
   def _attend(self, p, q, k, v, at: At, keys: At, compute: Compute) -> Array:
     """`attend` with this layer's options."""

@@ -48,7 +48,7 @@ def _out(p, y: Array, dim: int, bias: bool, compute: Compute) -> Array:
   """The projection back to the residual stream, row-parallel under a mesh."""
   shape = (*y.shape[:-1], dim)
   spec = compute.spec(("batch", "seq", "embed"), shape)
-  out = dot(y, p["down"], "btf,fd->btd", spec)
+  out = dot(y, p["down"], "btf,fd->btd", spec, jnp.float32)
   return out + p["down_bias"].astype(out.dtype)[None, None] if bias else out
 
 
@@ -88,10 +88,11 @@ class MLP:
     self, p: dict[str, Any], x: Array, compute: Compute = DEFAULT
   ) -> Array:
     """Maps `x` [batch, seq, dim] to the same shape."""
-    y = dot(x, p["up"], "btd,df->btf")
+    y = dot(x, p["up"], "btd,df->btf", dtype=jnp.float32)
     if self.bias:
       y = y + p["up_bias"].astype(y.dtype)[None, None]
-    return _out(p, self.act(y), self.dim, self.bias, compute)
+    y = self.act(y).astype(x.dtype)
+    return _out(p, y, self.dim, self.bias, compute)
 
 
 @dataclass(frozen=True)
@@ -120,11 +121,15 @@ class GLU:
     self, p: dict[str, Any], x: Array, compute: Compute = DEFAULT
   ) -> Array:
     """Maps `x` [batch, seq, dim] to the same shape."""
-    gate, up = (dot(x, p[name], "btd,df->btf") for name in ("gate", "up"))
+    gate, up = (
+      dot(x, p[name], "btd,df->btf", dtype=jnp.float32)
+      for name in ("gate", "up")
+    )
     if self.bias:
       gate = gate + p["gate_bias"].astype(gate.dtype)[None, None]
       up = up + p["up_bias"].astype(up.dtype)[None, None]
-    return _out(p, self.act(gate) * up, self.dim, self.bias, compute)
+    y = (self.act(gate) * up).astype(x.dtype)
+    return _out(p, y, self.dim, self.bias, compute)
 
 
 FFN = MLP | GLU
