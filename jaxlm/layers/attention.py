@@ -129,12 +129,12 @@ class Attention:
     at = At() if at is None else at
     q, k, v = self._project(p, x, at)
     if cache is None:
-      y = self._attend(p, q, k, v, at, at, compute)
+      y = self._attend(q, k, v, at, at, compute)
       if compute.watch:
         top = largest_logits(q, k, self.mask, at, self.scale)
         cache = {"max_logits": top}
     else:
-      y, cache = self._attend_cached(p, q, k, v, at, cache, compute)
+      y, cache = self._attend_cached(q, k, v, at, cache, compute)
     out = dot(
       y,
       p["o"],
@@ -172,9 +172,8 @@ class Attention:
       q, k = norm(q, k)
     return q.astype(x.dtype), k.astype(x.dtype), v.astype(x.dtype)
 
-  def _attend(self, p, q, k, v, at: At, keys: At, compute: Compute) -> Array:
+  def _attend(self, q, k, v, at: At, keys: At, compute: Compute) -> Array:
     """`attend` with this layer's options."""
-    del p
     return attend(
       q,
       k,
@@ -188,7 +187,7 @@ class Attention:
       compute=compute,
     )
 
-  def _attend_cached(self, p, q, k, v, at: At, cache, compute: Compute):
+  def _attend_cached(self, q, k, v, at: At, cache, compute: Compute):
     """Attends to the cache and the new tokens; returns output and cache.
 
     A cache that holds all a chunk can see is written first and read once. A
@@ -209,7 +208,6 @@ class Attention:
       v = jnp.concatenate([cache["v"].astype(v.dtype), v], axis=1)
       positions = jnp.concatenate([cache["positions"], where], axis=1)
     y = self._attend(
-      p,
       q,
       k.astype(q.dtype),
       v.astype(q.dtype),
