@@ -20,7 +20,7 @@ from jaxlm.layers.linear import dot
 from jaxlm.layers.mask import Chunked, Sliding
 from jaxlm.layers.mlp import GLU, MLP
 from jaxlm.layers.norm import LayerNorm, RMSNorm, soft_cap
-from jaxlm.layers.param import init
+from jaxlm.layers.param import count, init
 from jaxlm.layers.position import (
   Alibi,
   Learned,
@@ -163,7 +163,10 @@ def test_feed_forwards_are_their_equations(cls, bias: bool):
   else:
     y = silu(column("up"))
   want = y @ w["down"] + w.get("down_bias", 0.0)
-  np.testing.assert_allclose(layer(p, x), want, rtol=1e-5, atol=1e-5)
+  y, report = layer(p, x)
+  np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
+  assert report == {}
+  assert layer.active() == count(tree)
   assert len(tree) == (2 + (cls is GLU)) * (1 + bias)
 
 

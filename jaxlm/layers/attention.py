@@ -1,6 +1,6 @@
 """Multi-head, grouped-query and multi-query attention as one frozen value."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -19,6 +19,29 @@ Array = jax.Array
 
 
 @dataclass(frozen=True)
+class Temperature:
+  """Queries grow with their position: 1 + slope * log(1 + floor((m+1) / n)).
+
+  Llama 4 sharpens the layers without positions so, that they still find their
+  key among many (inference-time tuning, after arXiv:2501.19399).
+
+  Attributes:
+    slope: what the logarithm is multiplied by.
+    every: the number n of positions after which it first grows.
+  """
+
+  slope: float = 0.1
+  every: int = 8192
+
+  def __call__(self, q: Array, positions: Array) -> Array:
+    """Scales queries [batch, seq, heads, head_dim] at `positions` [.., seq]."""
+    steps = jnp.floor((positions.astype(jnp.float32) + 1.0) / self.every)
+    factor = 1.0 + self.slope * jnp.log1p(steps)
+    factor = factor.reshape((1,) * (2 - factor.ndim) + factor.shape)
+    return q * factor[..., None, None].astype(q.dtype)
+
+
+@dataclass(frozen=True)
 class Attention:
   """softmax(Q K' / sqrt(d)) V with projections (arXiv:1706.03762, 3.2).
 
@@ -31,10 +54,15 @@ class Attention:
     mask: who sees whom.
     position: `Rope`, `Alibi`, or None (positions live elsewhere, or nowhere).
     qk_norm: normalises each head's queries and keys before the rotation
-      (Qwen 3, arXiv:2302.05442), after it where `norm_after_rope`.
+      (Qwen 3, arXiv:2302.05442), after it where `norm_after_rope`; over all
+      heads at once where `norm_heads` is 'all' (OLMo 2).
     bias: biases on q, k and v; `out_bias` on the output.
     scale: of the products; None means `head_dim ** -0.5`.
     softcap: bounds the scores (Gemma 2).
+    sinks: a learned logit per head that only joins the softmax's denominator
+      (gpt-oss).
+    temperature: of the queries by position, or None.
+    out_norm: over all heads, before the output projection (BitNet).
     init, out_init: initializers of the input and output projections.
   """
 
@@ -46,10 +74,14 @@ class Attention:
   position: Rope | Alibi | None = None
   qk_norm: Norm | None = None
   norm_after_rope: bool = False
+  norm_heads: str = "each"
   bias: bool = False
   out_bias: bool = False
   scale: float | None = None
   softcap: float | None = None
+  sinks: bool = False
+  temperature: Temperature | None = None
+  out_norm: Norm | None = None
   init: Init = FanIn()
   out_init: Init = FanIn()
 
@@ -86,9 +118,19 @@ class Attention:
     if self.out_bias:
       tree["o_bias"] = Param((self.dim,), ("embed",), 0, ZEROS)
     if self.qk_norm is not None:
-      tree["q_norm"] = self.qk_norm.params()
-      tree["k_norm"] = self.qk_norm.params()
+      tree["q_norm"] = self._norm(self.heads).params()
+      tree["k_norm"] = self._norm(self.groups).params()
+    if self.sinks:
+      tree["sinks"] = Param((self.heads,), ("heads",), 0, ZEROS, jnp.float32)
+    if self.out_norm is not None:
+      tree["out_norm"] = self.out_norm.params()
     return tree
+
+  def _norm(self, heads: int) -> Norm:
+    """The norm of queries or keys: of each head, or of all at once."""
+    if self.norm_heads == "each":
+      return self.qk_norm
+    return replace(self.qk_norm, dim=heads * self.width)
 
   def cache(self, batch: int, length: int) -> dict[str, Param]:
     """Keys and values of `length` positions, or of the mask's reach."""
@@ -124,27 +166,36 @@ class Attention:
 
     Returns:
       `[batch, seq, dim]`, and the cache with these tokens added; without a
-      cache None, or `max_logits` [heads] where `compute.watch`.
+      cache a report: `max_logits` [heads] where `compute.watch`, or empty.
     """
     at = At() if at is None else at
     q, k, v = self._project(p, x, at)
     if cache is None:
-      y = self._attend(q, k, v, at, at, compute)
+      y, out = self._attend(p, q, k, v, at, at, compute), {}
       if compute.watch:
         top = largest_logits(q, k, self.mask, at, self.scale)
-        cache = {"max_logits": top}
+        out = {"max_logits": top}
     else:
-      y, cache = self._attend_cached(q, k, v, at, cache, compute)
+      y, out = self._attend_cached(p, q, k, v, at, cache, compute)
+    return self._output(p, y, x.shape, compute), out
+
+  def _output(
+    self, p: dict[str, Any], y: Array, shape: tuple, compute: Compute
+  ) -> Array:
+    """Heads `[batch, seq, heads, head_dim]` back to the residual stream."""
+    if self.out_norm is not None:
+      flat = self.out_norm(p["out_norm"], y.reshape(*y.shape[:2], -1))
+      y = flat.reshape(y.shape)
     out = dot(
       y,
       p["o"],
       "btnh,nhd->btd",
-      compute.spec(("batch", "seq", "embed"), x.shape),
+      compute.spec(("batch", "seq", "embed"), shape),
       jnp.float32,
     )
     if self.out_bias:
       out = out + p["o_bias"].astype(jnp.float32)[None, None]
-    return out, cache
+    return out
 
   def _project(
     self, p: dict[str, Any], x: Array, at: At
@@ -158,21 +209,27 @@ class Attention:
         for name, y in zip("qkv", (q, k, v), strict=True)
       )
 
-    def norm(q: Array, k: Array) -> tuple[Array, Array]:
-      if self.qk_norm is None:
-        return q, k
-      return self.qk_norm(p["q_norm"], q), self.qk_norm(p["k_norm"], k)
-
     if not self.norm_after_rope:
-      q, k = norm(q, k)
+      q, k = self._normalise(p, "q", q), self._normalise(p, "k", k)
+    where = jnp.arange(x.shape[1]) if at.positions is None else at.positions
     if isinstance(self.position, Rope):
-      where = jnp.arange(x.shape[1]) if at.positions is None else at.positions
       q, k = self.position(q, where), self.position(k, where)
     if self.norm_after_rope:
-      q, k = norm(q, k)
+      q, k = self._normalise(p, "q", q), self._normalise(p, "k", k)
+    if self.temperature is not None:
+      q = self.temperature(q, where)
     return q.astype(x.dtype), k.astype(x.dtype), v.astype(x.dtype)
 
-  def _attend(self, q, k, v, at: At, keys: At, compute: Compute) -> Array:
+  def _normalise(self, p: dict[str, Any], name: str, x: Array) -> Array:
+    """`qk_norm` of queries or keys `[batch, seq, heads, head_dim]`."""
+    if self.qk_norm is None:
+      return x
+    norm, p = self._norm(x.shape[2]), p[name + "_norm"]
+    if self.norm_heads == "each":
+      return norm(p, x)
+    return norm(p, x.reshape(*x.shape[:2], -1)).reshape(x.shape)
+
+  def _attend(self, p, q, k, v, at: At, keys: At, compute: Compute) -> Array:
     """`attend` with this layer's options."""
     return attend(
       q,
@@ -183,11 +240,12 @@ class Attention:
       keys,
       scale=self.scale,
       softcap=self.softcap,
+      sinks=p["sinks"] if self.sinks else None,
       alibi=self.position if isinstance(self.position, Alibi) else None,
       compute=compute,
     )
 
-  def _attend_cached(self, q, k, v, at: At, cache, compute: Compute):
+  def _attend_cached(self, p, q, k, v, at: At, cache, compute: Compute):
     """Attends to the cache and the new tokens; returns output and cache.
 
     A cache that holds all a chunk can see is written first and read once. A
@@ -208,6 +266,7 @@ class Attention:
       v = jnp.concatenate([cache["v"].astype(v.dtype), v], axis=1)
       positions = jnp.concatenate([cache["positions"], where], axis=1)
     y = self._attend(
+      p,
       q,
       k.astype(q.dtype),
       v.astype(q.dtype),

@@ -1,4 +1,9 @@
-"""Feed-forward layers: two projections with a nonlinearity, or a gated pair."""
+"""Feed-forward layers: two projections with a nonlinearity, or a gated pair.
+
+Every one is called as `ffn(p, x, compute)` and returns its output and a
+report: what it has to say about this batch besides, a dict of arrays. These
+two have nothing to say; a mixture of experts reports its load.
+"""
 
 import math
 from collections.abc import Callable
@@ -10,9 +15,11 @@ import jax.numpy as jnp
 
 from jaxlm.layers.compute import DEFAULT, Compute
 from jaxlm.layers.linear import dot
-from jaxlm.layers.param import ZEROS, FanIn, Init, Param
+from jaxlm.layers.norm import Norm
+from jaxlm.layers.param import ZEROS, FanIn, Init, Param, count
 
 Array = jax.Array
+Report = dict[str, Array]
 
 
 def gelu(x: Array) -> Array:
@@ -44,12 +51,14 @@ def relu2(x: Array) -> Array:
 Activation = Callable[[Array], Array]
 
 
-def _out(p, y: Array, dim: int, bias: bool, compute: Compute) -> Array:
+def _out(m: "MLP | GLU", p: dict, y: Array, compute: Compute) -> Array:
   """The projection back to the residual stream, row-parallel under a mesh."""
-  shape = (*y.shape[:-1], dim)
+  if m.hidden_norm is not None:
+    y = m.hidden_norm(p["hidden_norm"], y)
+  shape = (*y.shape[:-1], m.dim)
   spec = compute.spec(("batch", "seq", "embed"), shape)
   out = dot(y, p["down"], "btf,fd->btd", spec, jnp.float32)
-  return out + p["down_bias"].astype(out.dtype)[None, None] if bias else out
+  return out + p["down_bias"].astype(out.dtype)[None, None] if m.bias else out
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,7 @@ class MLP:
     act: the nonlinearity, a module-level function.
     bias: biases on both projections.
     init, out_init: initializers of the two projections.
+    hidden_norm: before the second projection (BitNet), or None.
   """
 
   dim: int
@@ -70,6 +80,7 @@ class MLP:
   bias: bool = False
   init: Init = FanIn()
   out_init: Init = FanIn()
+  hidden_norm: Norm | None = None
 
   def params(self) -> dict[str, Param]:
     """`up` [dim, hidden], `down` [hidden, dim], and their biases."""
@@ -82,17 +93,22 @@ class MLP:
     if self.bias:
       tree["up_bias"] = Param((self.hidden,), ("mlp",), 0, ZEROS)
       tree["down_bias"] = Param((self.dim,), ("embed",), 0, ZEROS)
+    if self.hidden_norm is not None:
+      tree["hidden_norm"] = self.hidden_norm.params()
     return tree
+
+  def active(self) -> int:
+    """Number of parameters that work on one token: all of them."""
+    return count(self.params())
 
   def __call__(
     self, p: dict[str, Any], x: Array, compute: Compute = DEFAULT
-  ) -> Array:
-    """Maps `x` [batch, seq, dim] to the same shape."""
+  ) -> tuple[Array, Report]:
+    """Maps `x` [batch, seq, dim] to the same shape; an empty report."""
     y = dot(x, p["up"], "btd,df->btf", dtype=jnp.float32)
     if self.bias:
       y = y + p["up_bias"].astype(y.dtype)[None, None]
-    y = self.act(y).astype(x.dtype)
-    return _out(p, y, self.dim, self.bias, compute)
+    return _out(self, p, self.act(y).astype(x.dtype), compute), {}
 
 
 @dataclass(frozen=True)
@@ -108,6 +124,7 @@ class GLU:
   bias: bool = False
   init: Init = FanIn()
   out_init: Init = FanIn()
+  hidden_norm: Norm | None = None
 
   def params(self) -> dict[str, Param]:
     """`gate` and `up` [dim, hidden], `down` [hidden, dim], and biases."""
@@ -117,10 +134,14 @@ class GLU:
       tree["gate_bias"] = tree["up_bias"]
     return tree
 
+  def active(self) -> int:
+    """Number of parameters that work on one token: all of them."""
+    return count(self.params())
+
   def __call__(
     self, p: dict[str, Any], x: Array, compute: Compute = DEFAULT
-  ) -> Array:
-    """Maps `x` [batch, seq, dim] to the same shape."""
+  ) -> tuple[Array, Report]:
+    """Maps `x` [batch, seq, dim] to the same shape; an empty report."""
     gate, up = (
       dot(x, p[name], "btd,df->btf", dtype=jnp.float32)
       for name in ("gate", "up")
@@ -129,7 +150,7 @@ class GLU:
       gate = gate + p["gate_bias"].astype(gate.dtype)[None, None]
       up = up + p["up_bias"].astype(up.dtype)[None, None]
     y = (self.act(gate) * up).astype(x.dtype)
-    return _out(p, y, self.dim, self.bias, compute)
+    return _out(self, p, y, compute), {}
 
 
 FFN = MLP | GLU

@@ -6,6 +6,7 @@ global one repeated are `(((local,) * 5 + (full,), 8),)`. Whatever varies is a
 value in a slot of a block, and `forward` has no flags for it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +46,7 @@ class Block:
   Attributes:
     mixer: moves information between positions.
     ffn: works on each position alone.
-    norm: before each of the two.
+    norm: before each of the two, or None (OLMo 2 has only those after).
     post_norm: after each of the two, before the sum (sandwich norm).
     parallel: both read the same norm and are added together (GPT-NeoX).
     dropout: rate on each branch before the sum.
@@ -53,19 +54,17 @@ class Block:
 
   mixer: Mixer
   ffn: FFN
-  norm: Norm
+  norm: Norm | None
   post_norm: Norm | None = None
   parallel: bool = False
   dropout: float = 0.0
 
   def params(self) -> dict[str, Any]:
     """`mixer`, `ffn`, and the norms before and after them."""
-    tree = {
-      "mixer": self.mixer.params(),
-      "ffn": self.ffn.params(),
-      "mixer_norm": self.norm.params(),
-      "ffn_norm": self.norm.params(),
-    }
+    tree = {"mixer": self.mixer.params(), "ffn": self.ffn.params()}
+    if self.norm is not None:
+      tree["mixer_norm"] = self.norm.params()
+      tree["ffn_norm"] = self.norm.params()
     if self.post_norm is not None:
       tree["mixer_post_norm"] = self.post_norm.params()
       tree["ffn_post_norm"] = self.post_norm.params()
@@ -82,18 +81,24 @@ class Block:
     at: At,
     cache: dict[str, Array] | None,
     compute: Compute,
-  ) -> tuple[Array, dict[str, Array] | None]:
-    """Maps `x` [batch, seq, dim] to the same shape; threads the cache."""
+  ) -> tuple[Array, dict[str, Array]]:
+    """Maps `x` [batch, seq, dim] to the same shape; threads the cache.
+
+    Without a cache the second value is a report: what mixer and feed-forward
+    layer have to say of this batch, a dict of arrays.
+    """
     dtype = compute.jnp_dtype
-    h = self.norm(p["mixer_norm"], x).astype(dtype)
-    y, cache = self.mixer(p["mixer"], h, at, cache, compute)
+    h = self._before(p, "mixer", x).astype(dtype)
+    y, out = self.mixer(p["mixer"], h, at, cache, compute)
     mixed = x + self._branch(p, "mixer", y, at, 0).astype(x.dtype)
-    if self.parallel:
-      h = self.norm(p["ffn_norm"], x)
-    else:
-      h = self.norm(p["ffn_norm"], mixed)
-    y = self.ffn(p["ffn"], h.astype(dtype), compute)
-    return mixed + self._branch(p, "ffn", y, at, 1).astype(x.dtype), cache
+    h = self._before(p, "ffn", x if self.parallel else mixed).astype(dtype)
+    y, report = self.ffn(p["ffn"], h, compute)
+    x = mixed + self._branch(p, "ffn", y, at, 1).astype(x.dtype)
+    return x, (out | report if cache is None else out)
+
+  def _before(self, p, name: str, x: Array) -> Array:
+    """What a branch reads: the stream, normalised where there is a norm."""
+    return x if self.norm is None else self.norm(p[name + "_norm"], x)
 
   def _branch(self, p, name: str, y: Array, at: At, site: int) -> Array:
     """What is added to the residual stream: post-norm, then dropout."""
@@ -105,6 +110,38 @@ class Block:
 
 
 Segment = tuple[tuple[Block, ...], int]
+
+
+def segments(blocks: Sequence[Block]) -> tuple[Segment, ...]:
+  """A list of blocks, one per layer, as patterns and their repeats.
+
+  At each place the pattern that covers most layers is taken, the shortest of
+  those that cover as many: equal blocks become one pattern of one, and
+  `LLLGLLLGL` becomes `LLLG` twice and `L` once.
+  """
+  found, at = [], 0
+  while at < len(blocks):
+    best = max(
+      ((_repeats(blocks[at:], size), size) for size in range(1, 17)),
+      key=lambda pair: (_covered(*pair), -pair[1]),
+    )
+    n, size = best
+    found.append((tuple(blocks[at : at + size]), n))
+    at += n * size
+  return tuple(found)
+
+
+def _repeats(blocks: Sequence[Block], size: int) -> int:
+  """How often the first `size` blocks stand one after another; 0 if short."""
+  pattern, n = blocks[:size], 0
+  while len(pattern) == size and blocks[n * size : (n + 1) * size] == pattern:
+    n += 1
+  return n
+
+
+def _covered(n: int, size: int) -> int:
+  """Layers a pattern covers by repeating; a single pattern counts as one."""
+  return n * size if n > 1 else min(n, 1)
 
 
 @dataclass(frozen=True)
@@ -184,6 +221,15 @@ class Decoder:
     """Number of parameters, a tied head counted once."""
     return count(self.params())
 
+  def n_active(self) -> int:
+    """Number of parameters that work on one token.
+
+    Experts count as often as a token visits them; the embedding, read by
+    index, counts as the whole table, as published figures have it.
+    """
+    idle = (count(b.ffn.params()) - b.ffn.active() for b in self.blocks)
+    return self.n_params() - sum(idle)
+
   def flops_per_token(self, seq: int) -> int:
     """Forward operations per token at context `seq`; training costs 3 times.
 
@@ -238,21 +284,23 @@ def hidden(
   at: At | None = None,
   cache: Tree | None = None,
   compute: Compute = DEFAULT,
-) -> tuple[Array, Tree | None]:
-  """The residual stream after the last norm, `[batch, seq, dim]`; the cache."""
+) -> tuple[Array, Tree]:
+  """The residual stream after the last norm, `[batch, seq, dim]`.
+
+  With it comes the cache or, where there is none, what the blocks report:
+  `[segment][place in pattern]`, dicts of arrays stacked over the repeats.
+  """
   at = At() if at is None else at
   x = embed(model, params, tokens, at, compute)
-  new_cache = {}
+  out = {}
   for i, (pattern, n) in enumerate(model.layers):
     name, first = str(i), sum(len(p) * m for p, m in model.layers[:i])
     here = None if cache is None else cache[name]
-    x, new_cache[name] = _segment(
+    x, out[name] = _segment(
       pattern, n, params["layers"][name], x, at, here, compute, first
     )
   x = model.norm(_gather(model, params, "norm", compute), x)
-  x = x.astype(compute.jnp_dtype)
-  kept = cache is not None or compute.watch
-  return x, new_cache if kept else None
+  return x.astype(compute.jnp_dtype), out
 
 
 def embed(
@@ -313,7 +361,7 @@ def _segment(
   cache: Tree | None,
   compute: Compute,
   first: int,
-) -> tuple[Array, Tree | None]:
+) -> tuple[Array, Tree]:
   """A pattern of blocks `n` times over, scanned or written out.
 
   The layers of `params` and `cache` are stacked, or apart (`layers_apart`):
@@ -321,8 +369,6 @@ def _segment(
   """
   tree = {str(j): b.params() for j, b in enumerate(pattern)}
   numbers = first + len(pattern) * jnp.arange(n, dtype=jnp.int32)
-
-  kept = cache is not None or compute.watch
 
   def body(x: Array, layer: tuple) -> tuple[Array, Tree]:
     p, c, number = layer
@@ -336,7 +382,7 @@ def _segment(
       x, new[name] = block(
         p[name], x, here, None if c is None else c[name], compute
       )
-    return x, new if kept else None
+    return x, new
 
   body = _remat(body, compute)
   if not compute.unroll and not isinstance(params, tuple):
@@ -346,8 +392,8 @@ def _segment(
   for p, c, i in layers:
     x, c = body(x, (p, c, numbers[i]))
     new.append(c)
-  if not kept or isinstance(cache, tuple):
-    return x, tuple(new) if kept else None
+  if isinstance(cache, tuple):
+    return x, tuple(new)
   return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *new)
 
 
