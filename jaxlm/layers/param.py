@@ -28,7 +28,7 @@ Array = jax.Array
 DType = Any
 Tree = Any  # nested dicts (or tuples) whose leaves are Param or arrays
 
-STACKED = ("layers", "experts")  # axes that stack matrices side by side
+STACKED = ("layers", "experts", "blocks")  # axes that stack equal matrices
 LOOKUP = ("vocab", "positions")  # tables read by index: no hidden matrices
 
 
