@@ -1,7 +1,8 @@
 """Positions: how a model knows where a token stands.
 
 Rotary embeddings turn queries and keys, ALiBi biases their products, learned
-and sinusoidal tables are added to the embeddings; None is NoPE.
+and sinusoidal tables are added to the embeddings; None is NoPE. How rotary
+frequencies stretch beyond the trained context is a value too, `Scaling`.
 """
 
 import math
@@ -9,47 +10,40 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
+from jaxlm.errors import UserError
+from jaxlm.layers.compute import active_mesh
 from jaxlm.layers.param import Normal, Param
+from jaxlm.layers.scaling import (
+  NTK,
+  Dynamic,
+  Linear,
+  Llama3,
+  LongRope,
+  Scaling,
+  Yarn,
+  frequencies,
+  softmax_factor,
+)
+
+__all__ = [
+  "NTK",
+  "Alibi",
+  "Dynamic",
+  "Learned",
+  "Linear",
+  "Llama3",
+  "LongRope",
+  "Rope",
+  "Scaling",
+  "Sinusoidal",
+  "Yarn",
+  "softmax_factor",
+]
 
 Array = jax.Array
-
-
-@dataclass(frozen=True)
-class Linear:
-  """Position interpolation: frequencies over `factor` (arXiv:2306.15595)."""
-
-  factor: float
-
-  def scale(self, freq: Array, theta: float, dim: int) -> Array:
-    """Scaled frequencies [dim / 2]."""
-    del theta, dim
-    return freq / self.factor
-
-
-@dataclass(frozen=True)
-class Llama3:
-  """Long waves over `factor`, short ones kept, a ramp between (Llama 3.1).
-
-  The formula is that of the reference implementation published with the
-  weights (llama-models, `apply_scaling`).
-  """
-
-  factor: float = 8.0
-  low: float = 1.0
-  high: float = 4.0
-  original: int = 8192
-
-  def scale(self, freq: Array, theta: float, dim: int) -> Array:
-    """Scaled frequencies [dim / 2]."""
-    del theta, dim
-    turns = self.original * freq / (2 * math.pi)  # in the original context
-    keep = jnp.clip((turns - self.low) / (self.high - self.low), 0.0, 1.0)
-    return freq * (keep + (1.0 - keep) / self.factor)
-
-
-Scaling = Linear | Llama3
 
 
 @dataclass(frozen=True)
@@ -72,24 +66,48 @@ class Rope:
   fraction: float = 1.0
   interleaved: bool = False
 
-  def frequencies(self, dim: int) -> Array:
-    """Angle per position of each pair, float32 [dim / 2]."""
-    powers = jnp.arange(0, dim, 2, dtype=jnp.float32) / dim
-    freq = 1.0 / (self.theta**powers)
-    return self.scaling.scale(freq, self.theta, dim) if self.scaling else freq
+  def turned(self, head_dim: int) -> int:
+    """How many of a head's features turn: the first `head_dim * fraction`.
+
+    Raises:
+      UserError: if that is no positive even number.
+    """
+    dim = int(head_dim * self.fraction)
+    if not 0 < dim <= head_dim or dim % 2:
+      raise UserError(
+        f"fraction {self.fraction} of heads of {head_dim} features is {dim} "
+        "that turn, and they turn in pairs; choose head_dim and fraction so "
+        f"that their product is even, from 2 to {head_dim}"
+      )
+    return dim
+
+  def frequencies(self, dim: int, positions: Array | None = None) -> Array:
+    """Angle per position of each pair of `dim` features that turn.
+
+    Returns:
+      float32 [dim / 2]; or [batch?, 1, dim / 2] for `positions` [batch?, seq]
+      where the scaling depends on the longest position of a row. Without
+      positions, the frequencies within the trained context.
+    """
+    freq = frequencies(self.theta, dim)
+    if self.scaling is not None:
+      freq = self.scaling.scale(freq, self.theta, positions)
+    return jnp.asarray(freq, jnp.float32)
 
   def __call__(self, x: Array, positions: Array) -> Array:
     """Turns `x` [batch, seq, heads, head_dim] by `positions` [batch?, seq].
 
-    Angles and products are float32; the result has the dtype of `x`.
+    What turns is also multiplied by the scaling's `magnitude`. Angles and
+    products are float32; the result has the dtype of `x`.
     """
-    dim = int(x.shape[-1] * self.fraction)
-    angles = _angles(positions, self.frequencies(dim))[..., None, :]
+    dim = self.turned(x.shape[-1])
+    angles = _angles(positions, self.frequencies(dim, positions))[..., None, :]
     angles = angles.reshape((1,) * (x.ndim - angles.ndim) + angles.shape)
+    size = 1.0 if self.scaling is None else self.scaling.magnitude
     turned = _rotate(
       x[..., :dim].astype(jnp.float32),
-      jnp.cos(angles),
-      jnp.sin(angles),
+      size * jnp.cos(angles),
+      size * jnp.sin(angles),
       self.interleaved,
     ).astype(x.dtype)
     if dim == x.shape[-1]:
@@ -99,7 +117,10 @@ class Rope:
 
 def _angles(positions: Array, freq: Array) -> Array:
   """Every position times every frequency, float32 [..., dim / 2]."""
-  return jnp.multiply.outer(positions.astype(jnp.float32), freq)
+  ones = (1,) * (positions.ndim + 1 - freq.ndim)
+  return positions.astype(jnp.float32)[..., None] * freq.reshape(
+    ones + freq.shape
+  )
 
 
 def _rotate(x: Array, cos: Array, sin: Array, interleaved: bool) -> Array:
@@ -126,7 +147,7 @@ class Alibi:
     low = 2 ** math.floor(math.log2(heads))
     powers = [8.0 * (i + 1) / low for i in range(low)]
     powers += [4.0 * (2 * i + 1) / low for i in range(heads - low)]
-    return jnp.exp2(-jnp.asarray(powers, jnp.float32))
+    return jnp.asarray(np.exp2(-np.array(powers)), jnp.float32)
 
 
 @dataclass(frozen=True)
@@ -149,9 +170,27 @@ class Learned:
     dim: int,
     out_sharding: PartitionSpec | None = None,
   ) -> Array:
-    """Vectors [..., dim] for integer `positions` [...]."""
+    """Vectors [..., dim] for integer `positions` [...].
+
+    Raises:
+      UserError: for a position beyond the table, where positions are known
+        (outside jit). Negative ones are those of padding, whose vectors
+        nobody reads.
+    """
     del dim
+    self._check(positions)
     return p["table"].at[positions].get(out_sharding=out_sharding)
+
+  def _check(self, positions: Array) -> None:
+    """Rejects known positions the table lacks; jit would clip them."""
+    if isinstance(positions, jax.core.Tracer) or active_mesh() is not None:
+      return
+    last = np.max(positions, initial=-1)
+    if last >= self.length:
+      raise UserError(
+        f"position {last} is beyond the {self.length} positions this model "
+        f"has learned (0 to {self.length - 1}); shorten the text"
+      )
 
 
 @dataclass(frozen=True)
@@ -172,7 +211,7 @@ class Sinusoidal:
   ) -> Array:
     """Vectors [..., dim]: sin at even features, cos at odd ones."""
     del p, out_sharding  # they follow the positions
-    freq = Rope(10000.0).frequencies(dim)
+    freq = jnp.asarray(frequencies(10000.0, dim), jnp.float32)
     angles = _angles(positions, freq)
     pairs = jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1)
     return pairs.reshape(*angles.shape[:-1], -1)[..., :dim]
