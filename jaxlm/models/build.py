@@ -9,6 +9,7 @@ from jaxlm import config as configs
 from jaxlm import keys
 from jaxlm.config import Config
 from jaxlm.errors import UserError
+from jaxlm.layers.attention import Attention
 from jaxlm.layers.position import Rope
 from jaxlm.models import families
 from jaxlm.models.decoder import Decoder
@@ -82,7 +83,8 @@ def _check(model: Decoder, vocab: int, seq_len: int) -> None:
       raise UserError(
         f"config.model.dropout={rate} is not a share: at least 0, below 1"
       )
-  for mixer in {block.mixer for block in model.blocks}:
+  mixers = {block.mixer for block in model.blocks}
+  for mixer in (m for m in mixers if isinstance(m, Attention)):
     heads, groups = mixer.heads, mixer.groups
     if mixer.head_dim is None and mixer.dim % heads:
       raise UserError(
