@@ -85,6 +85,13 @@ class Attention:
   init: Init = FanIn()
   out_init: Init = FanIn()
 
+  def __post_init__(self):
+    # What None stands for is filled in, so that equal layers are `==`.
+    if self.kv_heads is None:
+      object.__setattr__(self, "kv_heads", self.heads)
+    if self.head_dim is None and self.dim % self.heads == 0:
+      object.__setattr__(self, "head_dim", self.dim // self.heads)
+
   @property
   def width(self) -> int:
     """Features per head."""

@@ -1,17 +1,15 @@
 """Names elsewhere: where other people's files keep a family's weights.
 
-A family writes one table of (ours, theirs). `Names` reads it both ways, over
-plain arrays: no files, no torch. Ours is a path in the model or in a block,
-or several of them where theirs is one fused matrix; theirs holds `{}` where
-the number of the layer goes. How an array is laid out follows from its Param:
-
-- matrices are `[out, in]` there (torch.nn.Linear) and `[in, out]` here;
-- heads are one flat dimension there;
-- tables and vectors are the same in both places.
+A family writes one table of lines (ours, theirs) or (ours, theirs, layout).
+`Names` reads it both ways, one tensor at a time, over plain arrays: no files,
+no torch. Ours is a path in the model or in a block, or several of them where
+theirs is one fused tensor. Theirs holds `{}` where the number of the layer
+goes, and `{expert}` where each expert has a tensor of its own.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -22,7 +20,181 @@ from jaxlm.layers.param import LOOKUP, Param, path_name, paths
 from jaxlm.models.decoder import Decoder
 
 Tree = Any
-Arrays = Mapping[str, np.ndarray]
+Array = Any  # of NumPy or of JAX
+Arrays = Mapping[str, Array]
+
+# --- Layouts ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Joined:
+  """Heads are one flat dimension; fused tensors join along their outputs.
+
+  Matrices are `[out, in]` there (torch.nn.Linear) and `[in, out]` here, or
+  `[in, out]` in both places where not `transposed`. What stacks matrices
+  (experts) leads. Tables and vectors are the same in both places.
+  """
+
+  transposed: bool = True
+
+  def shape(self, params: Sequence[Param]) -> tuple[int, ...]:
+    """The shape of their tensor."""
+    width = sum(_flat(p)[-1] for p in params)
+    return _turned(params[0], (*_flat(params[0])[:-1], width), self.transposed)
+
+  def split(self, params: Sequence[Param], x: Array) -> list[Array]:
+    """Their tensor as arrays of ours."""
+    x = _turn(params[0], x, self.transposed)
+    cuts = np.cumsum([_flat(p)[-1] for p in params]).tolist()
+    starts = [0, *cuts[:-1]]
+    return [
+      x[..., a:b].reshape(p.shape)
+      for p, a, b in zip(params, starts, cuts, strict=True)
+    ]
+
+  def join(self, params: Sequence[Param], arrays: Sequence[Array]) -> Array:
+    """Arrays of ours as their tensor."""
+    flat = [
+      np.asarray(x).reshape(_flat(p))
+      for p, x in zip(params, arrays, strict=True)
+    ]
+    whole = flat[0] if len(flat) == 1 else np.concatenate(flat, axis=-1)
+    return _turn(params[0], whole, self.transposed)
+
+
+@dataclass(frozen=True)
+class Interleaved:
+  """Fused tensors whose outputs take turns along our first output dimension.
+
+  Head by head with queries, keys and values (GPT-NeoX), or one gate and one
+  up column after another (gpt-oss).
+  """
+
+  transposed: bool = True
+
+  def shape(self, params: Sequence[Param]) -> tuple[int, ...]:
+    """The shape of their tensor."""
+    return Joined(self.transposed).shape(params)
+
+  def split(self, params: Sequence[Param], x: Array) -> list[Array]:
+    """Their tensor as arrays of ours."""
+    x = _turn(params[0], x, self.transposed)
+    turns = _turns(params[0])
+    x = x.reshape(*x.shape[:-1], turns, -1)
+    cuts = np.cumsum([_flat(p)[-1] // turns for p in params]).tolist()
+    starts = [0, *cuts[:-1]]
+    return [
+      x[..., a:b].reshape(p.shape)
+      for p, a, b in zip(params, starts, cuts, strict=True)
+    ]
+
+  def join(self, params: Sequence[Param], arrays: Sequence[Array]) -> Array:
+    """Arrays of ours as their tensor."""
+    turns = _turns(params[0])
+    parts = [
+      np.asarray(x).reshape(*_flat(p)[:-1], turns, -1)
+      for p, x in zip(params, arrays, strict=True)
+    ]
+    whole = np.concatenate(parts, axis=-1)
+    whole = whole.reshape(*whole.shape[:-2], -1)
+    return _turn(params[0], whole, self.transposed)
+
+
+Layout = Joined | Interleaved
+
+
+def _flat(p: Param) -> tuple[int, ...]:
+  """`(stacked..., in, out)` of a matrix, `(stacked..., size)` of a vector."""
+  stacked = p.shape[: p.n_stacked]
+  size = p.size // int(np.prod(stacked, dtype=int))
+  return (
+    (*stacked, p.fan_in, size // p.fan_in)
+    if p.is_matrix
+    else (
+      *stacked,
+      size,
+    )
+  )
+
+
+def _turns(p: Param) -> int:
+  """Size of the first output dimension."""
+  return p.shape[p.n_stacked + p.n_in]
+
+
+def _is_linear(p: Param) -> bool:
+  """True for what a matmul contracts; tables are read by row everywhere."""
+  return p.is_matrix and p.axes[p.n_stacked] not in LOOKUP
+
+
+def _turned(p: Param, shape: tuple, transposed: bool) -> tuple[int, ...]:
+  """A shape with its last two dimensions swapped where theirs are."""
+  if _is_linear(p) and transposed:
+    return (*shape[:-2], shape[-1], shape[-2])
+  return shape
+
+
+def _turn(p: Param, x: Array, transposed: bool) -> Array:
+  """Between `[out, in]` and `[in, out]`, where theirs is turned."""
+  return x.swapaxes(-1, -2) if _is_linear(p) and transposed else x
+
+
+# --- The table --------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Entry:
+  """One of their tensors, and where in the model its parts belong.
+
+  Attributes:
+    theirs: its name.
+    ours: paths of the leaves that hold its parts.
+    index: where in those leaves: the layer in its stack, the expert.
+    params: what each part is, without the dimensions of `index`.
+    layout: how the tensor is laid out.
+  """
+
+  theirs: str
+  ours: tuple[str, ...]
+  index: tuple[int, ...]
+  params: tuple[Param, ...]
+  layout: Layout
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """The shape their tensor has."""
+    return self.layout.shape(self.params)
+
+  def read(self, tensors: Arrays) -> Array:
+    """Their tensor, checked.
+
+    Raises:
+      UserError: if it is missing or of another shape.
+    """
+    if self.theirs not in tensors:
+      raise UserError(
+        f"the checkpoint has no tensor {self.theirs!r}; the model needs it, of "
+        f"shape {self.shape}, for {' and '.join(self.ours)}"
+      )
+    x = tensors[self.theirs]
+    if tuple(x.shape) != self.shape:
+      raise UserError(
+        f"tensor {self.theirs!r} has shape {tuple(x.shape)}; by its config the "
+        f"model needs {self.shape}, for {' and '.join(self.ours)}"
+      )
+    return x
+
+  def split(self, x: Array) -> list[Array]:
+    """The parts of their tensor, in the order of `ours`."""
+    return self.layout.split(self.params, x)
+
+  def join(self, leaves: Mapping[str, Array]) -> np.ndarray:
+    """Their tensor, from the leaves of our parameters by path."""
+    parts = [np.asarray(leaves[path][self.index]) for path in self.ours]
+    return self.layout.join(self.params, parts)
+
+
+Line = tuple[str, str] | tuple[str, str, Layout]
 
 
 @dataclass(frozen=True)
@@ -31,112 +203,113 @@ class Names:
 
   Attributes:
     table: `("mixer/q", "model.layers.{}.self_attn.q_proj.weight")` and so on;
-      `"mixer/q mixer/k mixer/v"` are joined along their outputs.
-    transposed: their hidden matrices are `[out, in]`; False where they are
-      `[in, out]` as here (GPT-2's Conv1D).
+      `"mixer/q mixer/k mixer/v"` are one tensor there. A line whose first
+      path a layer does not have is not for that layer.
+    layout: of lines that give none.
+    base: what all names but the head's begin with; files of a model without
+      its head leave it out.
+    ignored: patterns of tensors that hold nothing to load: buffers, and heads
+      that are copies of the embedding.
   """
 
-  table: tuple[tuple[str, str], ...]
-  transposed: bool = True
+  table: tuple[Line, ...]
+  layout: Layout = Joined()
+  base: str = "model."
+  ignored: tuple[str, ...] = (r"rotary_emb\.inv_freq$",)
+
+  def entries(self, model: Decoder) -> Iterator[Entry]:
+    """Every tensor that a file of this model has.
+
+    Raises:
+      KeyError: if the table says nothing of some parameter.
+    """
+    seen = set()
+    for place, number, index, tree in _places(model):
+      for line in self.table:
+        for entry in self._entries(line, place, number, index, tree):
+          seen.update((path, entry.index[:1]) for path in entry.ours)
+          yield entry
+      want = {(place + name, index) for name in tree}
+      if want - seen:
+        missing = sorted(path for path, _ in want - seen)
+        raise KeyError(f"the table of names has no line for {missing}")
+
+  def _entries(
+    self,
+    line: Line,
+    place: str,
+    number: int | None,
+    index: tuple[int, ...],
+    tree: dict[str, Param],
+  ) -> Iterator[Entry]:
+    """What one line of the table says of one layer (None: of none)."""
+    ours, theirs, *layout = line
+    names, each = ours.split(), "{expert}" in theirs
+    if names[0] not in tree or ("{}" in theirs) != (number is not None):
+      return
+    params = [tree[name] for name in names]
+    if each and params[0].axes[0] != "experts":
+      return
+    if each:
+      params = [replace(p, shape=p.shape[1:], axes=p.axes[1:]) for p in params]
+    for expert in range(tree[names[0]].shape[0]) if each else [None]:
+      yield Entry(
+        theirs.format(number, expert=expert),
+        tuple(place + name for name in names),
+        index if expert is None else (*index, expert),
+        tuple(params),
+        layout[0] if layout else self.layout,
+      )
 
   def load(self, model: Decoder, tensors: Arrays) -> Tree:
-    """Parameters of `model` from their tensors, as numpy arrays.
+    """Parameters of `model` from their tensors, as NumPy arrays.
 
     Raises:
       UserError: for a tensor that is missing or of another shape.
     """
-    parts = {n: self._read(n, tree, tensors) for n, tree in _parts(model)}
-
-    def one(path: tuple, _: Param) -> np.ndarray:
-      name, numbers = _place(model, path_name(path))
-      if numbers is None:
-        return parts[None][name]
-      return np.stack([parts[n][name] for n in numbers])
-
+    tree, leaves = model.params(), {}
+    declared = paths(tree)
+    for entry in self.entries(model):
+      parts = entry.split(np.asarray(entry.read(tensors)))
+      for path, part in zip(entry.ours, parts, strict=True):
+        if path not in leaves:
+          leaves[path] = np.empty(declared[path].shape, part.dtype)
+        leaves[path][entry.index] = part
     return jax.tree_util.tree_map_with_path(
-      one, model.params(), is_leaf=lambda x: isinstance(x, Param)
+      lambda path, _: leaves[path_name(path)],
+      tree,
+      is_leaf=lambda x: isinstance(x, Param),
     )
 
   def save(self, model: Decoder, params: Tree) -> dict[str, np.ndarray]:
     """Their tensors from the parameters of `model`."""
-    parts: dict[int | None, dict] = {n: {} for n, _ in _parts(model)}
-    for path, x in paths(params).items():
-      name, numbers = _place(model, path)
-      if numbers is None:
-        parts[None][name] = np.asarray(x)
-        continue
-      for n, layer in zip(numbers, np.asarray(x), strict=True):
-        parts[n][name] = layer
-    out = {}
-    for number, tree in _parts(model):
-      for ours, theirs in self._entries(number, tree):
-        columns = [self._to_flat(tree[k], parts[number][k]) for k in ours]
-        out[theirs] = self._turn(tree[ours[0]], np.concatenate(columns, -1))
-    return out
+    leaves = paths(params)
+    return {e.theirs: e.join(leaves) for e in self.entries(model)}
 
-  def _read(self, number: int | None, tree: Tree, tensors: Arrays) -> dict:
-    """The arrays of one layer (None: of what is outside the layers)."""
-    out = {}
-    for ours, theirs in self._entries(number, tree):
-      if theirs not in tensors:
-        raise UserError(f"the file has no tensor {theirs!r}, for {ours[0]}")
-      x = self._turn(tree[ours[0]], np.asarray(tensors[theirs]))
-      want = [_flat_shape(tree[k]) for k in ours]
-      width = sum(shape[-1] for shape in want)
-      if x.shape != (*want[0][:-1], width):
-        raise UserError(
-          f"tensor {theirs!r} is {tensors[theirs].shape}; the model's "
-          f"{' and '.join(ours)} need {(*want[0][:-1], width)} as [in, out]"
-        )
-      cuts = np.cumsum([shape[-1] for shape in want])[:-1]
-      for k, part in zip(ours, np.split(x, cuts, axis=-1), strict=True):
-        out[k] = part.reshape(tree[k].shape)
-    missing = sorted(tree.keys() - out.keys())
-    if missing:
-      raise KeyError(f"the table of names has no line for {missing}")
-    return out
-
-  def _entries(
-    self, number: int | None, tree: Tree
-  ) -> Iterator[tuple[list[str], str]]:
-    """The lines of the table that speak of this layer, number filled in."""
-    for ours, theirs in self.table:
-      names = ours.split()
-      if ("{}" in theirs) == (number is not None) and names[0] in tree:
-        yield names, theirs.format(number)
-
-  def _turn(self, p: Param, x: np.ndarray) -> np.ndarray:
-    """Between `[out, in]` and `[in, out]`, where theirs is turned."""
-    linear = p.is_matrix and p.axes[0] not in LOOKUP
-    return x.T if linear and (self.transposed or not p.is_hidden) else x
-
-  def _to_flat(self, p: Param, x: np.ndarray) -> np.ndarray:
-    """Heads merged: `[in, out]`, or a vector."""
-    return x.reshape(_flat_shape(p))
+  def extra(self, model: Decoder, names: Sequence[str]) -> list[str]:
+    """Those of `names` that this model has no place for."""
+    known = {entry.theirs for entry in self.entries(model)}
+    return [
+      name
+      for name in sorted(set(names) - known)
+      if not any(re.search(pattern, name) for pattern in self.ignored)
+    ]
 
 
-def _flat_shape(p: Param) -> tuple[int, ...]:
-  """`(in, out)` of a matrix, `(size,)` of anything that is added."""
-  return (p.fan_in, p.size // p.fan_in) if p.is_matrix else (p.size,)
+def _places(model: Decoder) -> Iterator[tuple]:
+  """What is outside the layers, then each layer: its path, number, index.
 
-
-def _parts(model: Decoder) -> Iterator[tuple[int | None, dict[str, Param]]]:
-  """Parameters by path: None with those outside the layers, then each layer."""
-  tree = model.params()
-  del tree["layers"]
-  yield None, paths(tree)
-  for number, block in enumerate(model.blocks):
-    yield number, paths(block.params())
-
-
-def _place(model: Decoder, path: str) -> tuple[str, list[int] | None]:
-  """A path of ours as the path in its block, and the layers stacked in it."""
-  if not path.startswith("layers/"):
-    return path, None
-  _, i, j, name = path.split("/", 3)
-  first = sum(len(p) * n for p, n in model.layers[: int(i)])
-  pattern, n = model.layers[int(i)]
-  return name, [first + len(pattern) * r + int(j) for r in range(n)]
+  Yields (prefix of its paths, number of the layer or None, index in the
+  stacked leaves, its parameters by path).
+  """
+  tree = {k: v for k, v in model.params().items() if k != "layers"}
+  yield "", None, (), paths(tree)
+  number = 0
+  for i, (pattern, n) in enumerate(model.layers):
+    for repeat in range(n):
+      for j, block in enumerate(pattern):
+        yield f"layers/{i}/{j}/", number, (repeat,), paths(block.params())
+        number += 1
 
 
 # The names that most decoders on the Hugging Face hub share.
@@ -144,9 +317,15 @@ COMMON = (
   ("embed/tokens", "model.embed_tokens.weight"),
   ("mixer_norm/scale", "model.layers.{}.input_layernorm.weight"),
   ("mixer/q", "model.layers.{}.self_attn.q_proj.weight"),
+  ("mixer/q_bias", "model.layers.{}.self_attn.q_proj.bias"),
+  ("mixer/q_norm/scale", "model.layers.{}.self_attn.q_norm.weight"),
   ("mixer/k", "model.layers.{}.self_attn.k_proj.weight"),
+  ("mixer/k_bias", "model.layers.{}.self_attn.k_proj.bias"),
+  ("mixer/k_norm/scale", "model.layers.{}.self_attn.k_norm.weight"),
   ("mixer/v", "model.layers.{}.self_attn.v_proj.weight"),
+  ("mixer/v_bias", "model.layers.{}.self_attn.v_proj.bias"),
   ("mixer/o", "model.layers.{}.self_attn.o_proj.weight"),
+  ("mixer/o_bias", "model.layers.{}.self_attn.o_proj.bias"),
   ("ffn_norm/scale", "model.layers.{}.post_attention_layernorm.weight"),
   ("ffn/gate", "model.layers.{}.mlp.gate_proj.weight"),
   ("ffn/up", "model.layers.{}.mlp.up_proj.weight"),

@@ -1,177 +1,144 @@
 """Writes families_*.npz: tiny models of transformers, for test_families.py.
 
-Run with torch 2.13 and transformers 5 installed (neither the library nor its
-tests need them): `python tests/golden/make_families.py`. Sizes are awkward on
-purpose: heads that are not dim / heads wide, an odd vocabulary, kv heads fewer
-than heads. Every weight is random, norms and biases too, so that one left out
-or swapped is felt. With `--counts` it prints the parameter counts of the
-published sizes instead, from models without memory (the meta device).
+Needs torch 2.13 and transformers 5 beside jaxlm's own requirements; neither the
+library nor its tests do.
 
-Each file holds `weight/<name>` (float16, exactly what the model computed
-with), `grad/<name>`, `tokens`, `logits`, `loss`; all made in float32.
+    python tests/golden/make_families.py NAME CONFIG.json   a new file
+    python tests/golden/make_families.py NAME ...           made again
+    python tests/golden/make_families.py                    all of them
+
+CONFIG.json is a tiny config.json with its `model_type`; each file keeps its
+own. Sizes are awkward on purpose: heads that are not dim / heads wide, an odd
+vocabulary, rows longer than windows, chunks and original contexts. Every
+weight is random, norms, biases, sinks and router corrections too, so that one
+left out or swapped is felt.
+
+Each file holds `weight/<name>` as on disk (float16, exactly what the model
+computed with), `config`, `tokens`, `logits`, `loss`; where names on disk are
+those of the model also `grad/<name>`; and `counts`: for each published size of
+the family the number of parameters, total and active, of a transformers model
+without memory (the meta device) built from the config.json that jaxlm writes.
 """
 
+import json
 import pathlib
 import sys
+import tempfile
 
 import numpy as np
 import torch
-from transformers import (
-  GPT2Config,
-  GPT2LMHeadModel,
-  LlamaConfig,
-  LlamaForCausalLM,
-  Qwen3Config,
-  Qwen3ForCausalLM,
-)
+from safetensors.numpy import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
-ROPE = {"rope_type": "default", "rope_theta": 100.0}
-LLAMA3 = {
-  "rope_type": "llama3",
-  "rope_theta": 100.0,
-  "factor": 8.0,
-  "low_freq_factor": 1.0,
-  "high_freq_factor": 4.0,
-  "original_max_position_embeddings": 32,
-}
-LLAMA = {
-  "vocab_size": 67,
-  "hidden_size": 24,
-  "num_hidden_layers": 3,
-  "num_attention_heads": 4,
-  "num_key_value_heads": 2,
-  "head_dim": 10,
-  "intermediate_size": 28,
-  "max_position_embeddings": 64,
-}
+from jaxlm.models import hub
+
+HERE = pathlib.Path(__file__).parent
+SEQ = 26
 
 
-def tiny() -> dict[str, torch.nn.Module]:
-  """One small model for each family and form."""
-  gpt2 = GPT2Config(
-    vocab_size=61, n_positions=19, n_embd=24, n_layer=2, n_head=3
+def build(config: dict) -> torch.nn.Module:
+  """A model of transformers, with attention written out."""
+  made = AutoConfig.for_model(**config)
+  return AutoModelForCausalLM.from_config(
+    made, attn_implementation="eager", dtype=torch.float32
   )
-  gpt2.resid_pdrop = gpt2.embd_pdrop = gpt2.attn_pdrop = 0.0
-  llama = LlamaConfig(**LLAMA, rms_norm_eps=1e-5, rope_parameters=ROPE)
-  scaled = LlamaConfig(**LLAMA, rms_norm_eps=1e-5, rope_parameters=LLAMA3)
-  qwen3 = Qwen3Config(**LLAMA, rms_norm_eps=1e-6, rope_parameters=ROPE)
-  qwen3.tie_word_embeddings = True
-  return {
-    "gpt2": GPT2LMHeadModel(gpt2),
-    "llama": LlamaForCausalLM(llama),
-    "llama3": LlamaForCausalLM(scaled),
-    "qwen3": Qwen3ForCausalLM(qwen3),
-  }
 
 
 def perturb(model: torch.nn.Module) -> None:
   """Random weights, float16 at heart; scales around one, all others zero."""
-  for name, p in model.named_parameters():
+  buffers = [(k, b) for k, b in model.named_buffers() if "bias" in k]
+  for name, p in [*model.named_parameters(), *buffers]:
+    if p.dtype is not torch.float32:
+      continue  # a mask
     scale = "norm" in name or "ln_" in name
     scale = scale and name.endswith("weight")
     noise = torch.randn(p.shape) * 0.25
     p.data = (noise + float(scale)).half().float()
 
 
-def write(name: str, model: torch.nn.Module) -> None:
-  """Logits, the loss of the next token, and its gradients."""
+def on_disk(model: torch.nn.Module) -> tuple[dict, dict]:
+  """Tensors and config as `save_pretrained` writes them."""
+  with tempfile.TemporaryDirectory() as folder:
+    model.save_pretrained(folder)
+    path = pathlib.Path(folder)
+    config = json.loads((path / "config.json").read_text())
+    return load_file(path / "model.safetensors"), config
+
+
+def write(name: str, config: dict) -> None:
+  """Logits, the loss of the next token, its gradients, and counts."""
+  torch.manual_seed(0)
+  model = build(config).eval()
   perturb(model)
-  model.eval()
+  weights, config = on_disk(model)
+  for noise in ("transformers_version", "dtype", "_name_or_path"):
+    config.pop(noise, None)
   vocab = model.config.vocab_size
-  tokens = torch.randint(0, vocab, (2, 18))
-  logits = model(tokens).logits
+  tokens = torch.randint(0, vocab, (2, SEQ))
+  logits = model(tokens, use_cache=False).logits
   loss = torch.nn.functional.cross_entropy(
     logits[:, :-1].reshape(-1, vocab), tokens[:, 1:].reshape(-1)
   )
   loss.backward()
   arrays = {"tokens": tokens, "logits": logits, "loss": loss}
-  for key, p in model.named_parameters():
-    arrays[f"weight/{key}"] = p.half()
-    arrays[f"grad/{key}"] = p.grad
+  grads = {k: p.grad for k, p in model.named_parameters()}
+  if grads.keys() == weights.keys():
+    arrays |= {f"grad/{k}": g for k, g in grads.items()}
   arrays = {k: v.detach().numpy() for k, v in arrays.items()}
-  path = pathlib.Path(__file__).parent / f"families_{name}.npz"
-  np.savez_compressed(path, **arrays)
-  print(path.name, path.stat().st_size, float(loss))
-
-
-# --- Parameter counts at published sizes ------------------------------------
-
-
-def gpt2_at(dim: int, layers: int, heads: int) -> torch.nn.Module:
-  """GPT-2 of openai/gpt-2's `hparams.json`."""
-  return GPT2LMHeadModel(GPT2Config(n_embd=dim, n_layer=layers, n_head=heads))
-
-
-def llama_at(
-  vocab: int,
-  dim: int,
-  layers: int,
-  heads: int,
-  kv_heads: int,
-  hidden: int,
-  tied: bool = False,
-) -> torch.nn.Module:
-  """Llama of the published `config.json` files."""
-  return LlamaForCausalLM(
-    LlamaConfig(
-      vocab_size=vocab,
-      hidden_size=dim,
-      num_hidden_layers=layers,
-      num_attention_heads=heads,
-      num_key_value_heads=kv_heads,
-      intermediate_size=hidden,
-      tie_word_embeddings=tied,
-    )
-  )
-
-
-def qwen3_at(
-  dim: int, layers: int, heads: int, hidden: int, tied: bool
-) -> torch.nn.Module:
-  """Qwen 3 of the published `config.json` files."""
-  return Qwen3ForCausalLM(
-    Qwen3Config(
-      vocab_size=151936,
-      hidden_size=dim,
-      num_hidden_layers=layers,
-      num_attention_heads=heads,
-      num_key_value_heads=8,
-      head_dim=128,
-      intermediate_size=hidden,
-      tie_word_embeddings=tied,
-    )
-  )
-
-
-def counts() -> None:
-  """Prints the exact number of parameters of every published size."""
-  sizes = {
-    "gpt2": (gpt2_at, 768, 12, 12),
-    "gpt2-medium": (gpt2_at, 1024, 24, 16),
-    "gpt2-large": (gpt2_at, 1280, 36, 20),
-    "gpt2-xl": (gpt2_at, 1600, 48, 25),
-    "llama2-7b": (llama_at, 32000, 4096, 32, 32, 32, 11008),
-    "llama3-8b": (llama_at, 128256, 4096, 32, 32, 8, 14336),
-    "llama3-70b": (llama_at, 128256, 8192, 80, 64, 8, 28672),
-    "llama3.1-405b": (llama_at, 128256, 16384, 126, 128, 8, 53248),
-    "llama3.2-1b": (llama_at, 128256, 2048, 16, 32, 8, 8192, True),
-    "qwen3-0.6b": (qwen3_at, 1024, 28, 16, 3072, True),
-    "qwen3-1.7b": (qwen3_at, 2048, 28, 16, 6144, True),
-    "qwen3-4b": (qwen3_at, 2560, 36, 32, 9728, True),
-    "qwen3-8b": (qwen3_at, 4096, 36, 32, 12288, False),
-    "qwen3-14b": (qwen3_at, 5120, 40, 40, 17408, False),
-    "qwen3-32b": (qwen3_at, 5120, 64, 64, 25600, False),
+  arrays |= {
+    f"weight/{k}": v.astype(np.float16) if v.dtype == np.float32 else v
+    for k, v in weights.items()
   }
-  for name, (make, *size) in sizes.items():
-    with torch.device("meta"):
-      model = make(*size)
-    print(f'  "{name}": {sum(p.numel() for p in model.parameters()):_},')
+  arrays["config"] = np.array(json.dumps(config))
+  arrays["counts"] = np.array(json.dumps(counts(config["model_type"])))
+  path = HERE / f"families_{name}.npz"
+  np.savez_compressed(path, **arrays)
+  print(f"{path.name} {path.stat().st_size:,} bytes, loss {loss.item():.3f}")
+
+
+def counts(kind: str) -> dict[str, dict[str, int]]:
+  """Total and active parameters of every published size of a model_type."""
+  out = {}
+  for family in hub.modules():
+    for name, model in getattr(family, "PUBLISHED", {}).items():
+      hubs = [h for h in getattr(family, "HF", ()) if h.type == kind]
+      if not hubs or hub.recognise(model, family.HF) != hubs[0]:
+        continue
+      with torch.device("meta"):
+        theirs = build(hubs[0].config(model))
+      out[name] = count(theirs)
+      print(name, out[name])
+  return out
+
+
+def count(model: torch.nn.Module) -> dict[str, int]:
+  """All parameters, and those at work on one token: top k of the experts."""
+  config = model.config
+  experts = (
+    getattr(config, "num_local_experts", None)
+    or getattr(config, "n_routed_experts", None)
+    or getattr(config, "num_experts", None)
+  )
+  total = idle = 0
+  for name, p in model.named_parameters():
+    total += p.numel()
+    if ".experts." in name:
+      idle += p.numel() * (experts - config.num_experts_per_tok) // experts
+  return {"total": total, "active": total - idle}
+
+
+def stored(name: str) -> dict:
+  """The config that a golden file was made from."""
+  with np.load(HERE / f"families_{name}.npz") as file:
+    return json.loads(str(file["config"]))
 
 
 if __name__ == "__main__":
-  if "--counts" in sys.argv:
-    counts()
+  arguments = sys.argv[1:]
+  if len(arguments) == 2 and arguments[1].endswith(".json"):
+    write(arguments[0], json.loads(pathlib.Path(arguments[1]).read_text()))
   else:
-    torch.manual_seed(0)
-    for name, model in tiny().items():
-      write(name, model)
+    files = sorted(HERE.glob("families_*.npz"))
+    every = [f.stem.removeprefix("families_") for f in files]
+    for each in arguments or every:
+      write(each, stored(each))

@@ -6,6 +6,7 @@ projections scaled by 1 / sqrt(2 * layers).
 """
 
 import math
+from typing import Any
 
 from jaxlm.layers.attention import Attention
 from jaxlm.layers.mlp import MLP, gelu_tanh
@@ -13,7 +14,8 @@ from jaxlm.layers.norm import LayerNorm
 from jaxlm.layers.param import Normal
 from jaxlm.layers.position import Learned
 from jaxlm.models.decoder import Block, Decoder
-from jaxlm.models.names import Names
+from jaxlm.models.hub import Config, Hub, expect
+from jaxlm.models.names import Joined, Names
 
 
 def decoder(
@@ -67,7 +69,7 @@ PUBLISHED = {
   "gpt2-xl": decoder(dim=1600, layers=48, heads=25),
 }
 
-HF = Names(
+_NAMES = Names(
   (
     ("embed/tokens", "transformer.wte.weight"),
     ("embed/positions/table", "transformer.wpe.weight"),
@@ -89,5 +91,44 @@ HF = Names(
     ("norm/scale", "transformer.ln_f.weight"),
     ("norm/bias", "transformer.ln_f.bias"),
   ),
-  transposed=False,
+  layout=Joined(transposed=False),
+  base="transformer.",
+  ignored=(r"\.attn\.(masked_)?bias$", r"^lm_head\.weight$"),
 )
+
+
+def read(config: Config) -> Decoder:
+  """A config.json of `model_type` gpt2."""
+  expect(
+    config,
+    activation_function=("gelu_new", "gelu_pytorch_tanh"),
+    n_inner=4 * config["n_embd"],
+    layer_norm_epsilon=1e-5,
+    tie_word_embeddings=True,
+    scale_attn_weights=True,
+    scale_attn_by_inverse_layer_idx=False,
+    add_cross_attention=False,
+  )
+  return decoder(
+    vocab=config["vocab_size"],
+    dim=config["n_embd"],
+    layers=config["n_layer"],
+    heads=config["n_head"],
+    max_positions=config["n_positions"],
+  )
+
+
+def write(model: Decoder) -> dict[str, Any]:
+  """The config.json of a model."""
+  return {
+    "vocab_size": model.vocab,
+    "n_embd": model.dim,
+    "n_layer": model.depth,
+    "n_head": model.blocks[0].mixer.heads,
+    "n_positions": model.max_positions,
+    "activation_function": "gelu_new",
+    "tie_word_embeddings": True,
+  }
+
+
+HF = (Hub("gpt2", "GPT2LMHeadModel", read, write, _NAMES),)

@@ -1,15 +1,28 @@
 """Llama 2 and 3: RMSNorm, rotary positions, SwiGLU, grouped queries.
 
 Sizes from the papers (arXiv:2307.09288, appendix A; arXiv:2407.21783, table 3)
-and the `config.json` published with the weights.
+and the `config.json` published with the weights. Many others have this very
+shape and its `model_type`: SmolLM 1 and 2, TinyLlama, Yi, DeepSeek Coder.
 """
+
+from typing import Any
 
 from jaxlm.layers.attention import Attention
 from jaxlm.layers.mlp import GLU, silu
 from jaxlm.layers.norm import RMSNorm
 from jaxlm.layers.param import Normal
-from jaxlm.layers.position import Llama3, Rope, Scaling
+from jaxlm.layers.position import Rope
+from jaxlm.layers.scaling import Llama3, Scaling
 from jaxlm.models.decoder import Block, Decoder
+from jaxlm.models.hub import (
+  Config,
+  Hub,
+  expect,
+  read_rope,
+  sizes,
+  write_rope,
+  write_sizes,
+)
 from jaxlm.models.names import COMMON, Names
 
 
@@ -26,6 +39,7 @@ def decoder(
   eps: float = 1e-5,
   max_positions: int = 8192,
   tied: bool = False,
+  bias: bool = False,
   dropout: float = 0.0,
 ) -> Decoder:
   """Llama at any size; the defaults are Llama 3 8B."""
@@ -37,6 +51,8 @@ def decoder(
       kv_heads,
       head_dim,
       position=Rope(theta, scaling),
+      bias=bias,
+      out_bias=bias,
       init=init,
       out_init=init,
     ),
@@ -84,4 +100,27 @@ PUBLISHED = {
   ),
 }
 
-HF = Names(COMMON)
+
+def read(config: Config) -> Decoder:
+  """A config.json of `model_type` llama."""
+  expect(config, hidden_act="silu", mlp_bias=False)
+  rope = read_rope(config)
+  return decoder(
+    **sizes(config, rms_norm_eps=1e-6),
+    theta=rope.theta,
+    scaling=rope.scaling,
+    bias=config.get("attention_bias", False),
+  )
+
+
+def write(model: Decoder) -> dict[str, Any]:
+  """The config.json of a model."""
+  mixer = model.blocks[0].mixer
+  return write_sizes(model) | {
+    "hidden_act": "silu",
+    "attention_bias": mixer.bias,
+    "rope_parameters": write_rope(mixer.position),
+  }
+
+
+HF = (Hub("llama", "LlamaForCausalLM", read, write, Names(COMMON)),)

@@ -4,12 +4,24 @@ Sizes from the report, table 1, and the `config.json` published with the
 weights. Heads are 128 wide whatever the model's width.
 """
 
+from typing import Any
+
 from jaxlm.layers.attention import Attention
 from jaxlm.layers.mlp import GLU, silu
 from jaxlm.layers.norm import RMSNorm
 from jaxlm.layers.param import Normal
 from jaxlm.layers.position import Rope
+from jaxlm.layers.scaling import Scaling
 from jaxlm.models.decoder import Block, Decoder
+from jaxlm.models.hub import (
+  Config,
+  Hub,
+  expect,
+  read_rope,
+  sizes,
+  write_rope,
+  write_sizes,
+)
 from jaxlm.models.names import COMMON, Names
 
 
@@ -22,6 +34,7 @@ def decoder(
   head_dim: int = 128,
   mlp_dim: int = 3072,
   theta: float = 1e6,
+  scaling: Scaling | None = None,
   eps: float = 1e-6,
   max_positions: int = 40960,
   tied: bool = True,
@@ -35,7 +48,7 @@ def decoder(
       heads,
       kv_heads,
       head_dim,
-      position=Rope(theta),
+      position=Rope(theta, scaling),
       qk_norm=RMSNorm(head_dim, eps, axis="head_dim"),
       init=init,
       out_init=init,
@@ -69,10 +82,23 @@ PUBLISHED = {
   ),
 }
 
-HF = Names(
-  (
-    *COMMON,
-    ("mixer/q_norm/scale", "model.layers.{}.self_attn.q_norm.weight"),
-    ("mixer/k_norm/scale", "model.layers.{}.self_attn.k_norm.weight"),
+
+def read(config: Config) -> Decoder:
+  """A config.json of `model_type` qwen3."""
+  expect(
+    config, hidden_act="silu", attention_bias=False, use_sliding_window=False
   )
-)
+  rope = read_rope(config)
+  defaults = {"rms_norm_eps": 1e-6, "num_key_value_heads": 32, "head_dim": 128}
+  return decoder(
+    **sizes(config, **defaults), theta=rope.theta, scaling=rope.scaling
+  )
+
+
+def write(model: Decoder) -> dict[str, Any]:
+  """The config.json of a model."""
+  rope = write_rope(model.blocks[0].mixer.position)
+  return write_sizes(model) | {"hidden_act": "silu", "rope_parameters": rope}
+
+
+HF = (Hub("qwen3", "Qwen3ForCausalLM", read, write, Names(COMMON)),)
