@@ -10,6 +10,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
 from jaxlm.layers.compute import active_mesh
+from jaxlm.layers.kernels.grouped import Grouped
 
 Array = jax.Array
 
@@ -30,7 +31,7 @@ def _parse(spec: str) -> int:
 
 def dot(
   x: Array,
-  w: Array,
+  w: Array | Grouped,
   spec: str,
   out_sharding: PartitionSpec | None = None,
   dtype: Any = None,
@@ -45,7 +46,8 @@ def dot(
   Args:
     x: activations `[lead..., in...]`.
     w: weight `[in..., out...]`, in any float dtype: a float32 master weight
-      gets a float32 gradient, whatever the dtype of `x`.
+      gets a float32 gradient, whatever the dtype of `x`. Or a weight for each
+      group of rows, where `x` is rows sorted by group (experts).
     spec: einsum notation, as in `'btd,dnh->btnh'`; it documents the shapes and
       is checked against the layout above.
     out_sharding: where the result lies; needed where a contracted axis is
@@ -57,6 +59,9 @@ def dot(
   """
   n = _parse(spec)
   dtype = dtype or x.dtype
+  if isinstance(w, Grouped):
+    y = w(x.reshape(-1, x.shape[-1])).astype(dtype)
+    return y.reshape(*x.shape[:-1], -1)
   if active_mesh() is not None:
     y = jnp.einsum(
       spec,

@@ -1,8 +1,9 @@
 """Feed-forward layers: two projections with a nonlinearity, or a gated pair.
 
-Every one is called as `ffn(p, x, compute)` and returns its output and a
+Every one is called as `ffn(p, x, compute, key)` and returns its output and a
 report: what it has to say about this batch besides, a dict of arrays. These
-two have nothing to say; a mixture of experts reports its load.
+two have nothing to say and no use for randomness; a mixture of experts reports
+its load, and its router may be noisy.
 """
 
 import math
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from jaxlm.layers.compute import DEFAULT, Compute
 from jaxlm.layers.linear import dot
 from jaxlm.layers.norm import Norm
-from jaxlm.layers.param import ZEROS, FanIn, Init, Param, count
+from jaxlm.layers.param import ZEROS, FanIn, Init, Param, count, flops
 
 Array = jax.Array
 Report = dict[str, Array]
@@ -46,6 +47,39 @@ def relu(x: Array) -> Array:
 def relu2(x: Array) -> Array:
   """max(x, 0)^2 (Primer, arXiv:2109.08668)."""
   return jnp.square(jnp.maximum(x, 0))
+
+
+def linear(x: Array) -> Array:
+  """The identity: no nonlinearity."""
+  return x
+
+
+@dataclass(frozen=True)
+class ClippedSiLU:
+  """X * sigmoid(slope x) with x at most `limit`: the gate of gpt-oss.
+
+  A slope of 1.702 makes it the quick GELU (arXiv:1606.08415, section 2).
+  """
+
+  limit: float = 7.0
+  slope: float = 1.702
+
+  def __call__(self, x: Array) -> Array:
+    """Element by element."""
+    x = jnp.minimum(x, self.limit)
+    return x * jax.nn.sigmoid(self.slope * x)
+
+
+@dataclass(frozen=True)
+class ClippedShift:
+  """X between -limit and limit, plus `shift`: what gpt-oss gates."""
+
+  limit: float = 7.0
+  shift: float = 1.0
+
+  def __call__(self, x: Array) -> Array:
+    """Element by element."""
+    return jnp.clip(x, -self.limit, self.limit) + self.shift
 
 
 Activation = Callable[[Array], Array]
@@ -101,10 +135,19 @@ class MLP:
     """Number of parameters that work on one token: all of them."""
     return count(self.params())
 
+  def flops(self) -> int:
+    """Operations of one token's forward pass through the matmuls."""
+    return flops(self.params())
+
   def __call__(
-    self, p: dict[str, Any], x: Array, compute: Compute = DEFAULT
+    self,
+    p: dict[str, Any],
+    x: Array,
+    compute: Compute = DEFAULT,
+    key: Array | None = None,
   ) -> tuple[Array, Report]:
     """Maps `x` [batch, seq, dim] to the same shape; an empty report."""
+    del key
     y = dot(x, p["up"], "btd,df->btf", dtype=jnp.float32)
     if self.bias:
       y = y + p["up_bias"].astype(y.dtype)[None, None]
@@ -113,9 +156,10 @@ class MLP:
 
 @dataclass(frozen=True)
 class GLU:
-  """y = (act(x W_gate) * (x W_up)) W_down (arXiv:2002.05202).
+  """y = (act(x W_gate) * up_act(x W_up)) W_down (arXiv:2002.05202).
 
-  With SiLU this is SwiGLU, with GELU GeGLU. Attributes as in `MLP`.
+  With SiLU this is SwiGLU, with GELU GeGLU; `up_act` is usually the identity.
+  Other attributes as in `MLP`.
   """
 
   dim: int
@@ -125,6 +169,7 @@ class GLU:
   init: Init = FanIn()
   out_init: Init = FanIn()
   hidden_norm: Norm | None = None
+  up_act: Activation = linear
 
   def params(self) -> dict[str, Param]:
     """`gate` and `up` [dim, hidden], `down` [hidden, dim], and biases."""
@@ -138,10 +183,19 @@ class GLU:
     """Number of parameters that work on one token: all of them."""
     return count(self.params())
 
+  def flops(self) -> int:
+    """Operations of one token's forward pass through the matmuls."""
+    return flops(self.params())
+
   def __call__(
-    self, p: dict[str, Any], x: Array, compute: Compute = DEFAULT
+    self,
+    p: dict[str, Any],
+    x: Array,
+    compute: Compute = DEFAULT,
+    key: Array | None = None,
   ) -> tuple[Array, Report]:
     """Maps `x` [batch, seq, dim] to the same shape; an empty report."""
+    del key
     gate, up = (
       dot(x, p[name], "btd,df->btf", dtype=jnp.float32)
       for name in ("gate", "up")
@@ -149,8 +203,5 @@ class GLU:
     if self.bias:
       gate = gate + p["gate_bias"].astype(gate.dtype)[None, None]
       up = up + p["up_bias"].astype(up.dtype)[None, None]
-    y = (self.act(gate) * up).astype(x.dtype)
+    y = (self.act(gate) * self.up_act(up)).astype(x.dtype)
     return _out(self, p, y, compute), {}
-
-
-FFN = MLP | GLU

@@ -160,10 +160,10 @@ def paths(tree: Tree) -> dict[str, Any]:
   return {path_name(path): leaf for path, leaf in leaves}
 
 
-def stack(tree: Tree, n: int) -> Tree:
-  """`n` equal copies of every parameter, stacked on a leading 'layers' axis."""
+def stack(tree: Tree, n: int, axis: str = "layers") -> Tree:
+  """`n` equal copies of every parameter, stacked on a leading axis."""
   return map_params(
-    lambda p: replace(p, shape=(n, *p.shape), axes=("layers", *p.axes)), tree
+    lambda p: replace(p, shape=(n, *p.shape), axes=(axis, *p.axes)), tree
   )
 
 

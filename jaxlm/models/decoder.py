@@ -20,7 +20,8 @@ from jaxlm.layers.attention import Attention
 from jaxlm.layers.compute import DEFAULT, Compute, active_mesh
 from jaxlm.layers.dropout import dropout
 from jaxlm.layers.linear import dot
-from jaxlm.layers.mlp import FFN
+from jaxlm.layers.mlp import GLU, MLP
+from jaxlm.layers.moe import MoE
 from jaxlm.layers.norm import Norm, soft_cap
 from jaxlm.layers.param import (
   FanIn,
@@ -37,6 +38,7 @@ from jaxlm.layers.position import Learned, Sinusoidal
 Array = jax.Array
 Tree = Any
 Mixer = Attention
+FFN = MLP | GLU | MoE
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,8 @@ class Block:
     y, out = self.mixer(p["mixer"], h, at, cache, compute)
     mixed = x + self._branch(p, "mixer", y, at, 0).astype(x.dtype)
     h = self._before(p, "ffn", x if self.parallel else mixed).astype(dtype)
-    y, report = self.ffn(p["ffn"], h, compute)
+    key = None if at.key is None else jax.random.fold_in(at.key, 2)
+    y, report = self.ffn(p["ffn"], h, compute, key)
     x = mixed + self._branch(p, "ffn", y, at, 1).astype(x.dtype)
     return x, (out | report if cache is None else out)
 
@@ -237,7 +240,9 @@ class Decoder:
     the mean number of keys a query sees.
     """
     mixing = sum(b.mixer.flops(seq) for b in self.blocks)
-    return flops(self.params()) + 2 * self.dim * self.vocab + mixing
+    idle = sum(flops(b.ffn.params()) - b.ffn.flops() for b in self.blocks)
+    used = flops(self.params()) - idle
+    return used + 2 * self.dim * self.vocab + mixing
 
   def __call__(self, params: Tree, tokens: Array, **kwargs: Any) -> Any:
     """`forward(self, params, tokens, ...)`."""
