@@ -1,4 +1,4 @@
-"""Normalisation over the last axis, computed in float32."""
+"""Normalisation, computed in float32: of each row, or of a batch."""
 
 import functools
 from dataclasses import dataclass
@@ -67,6 +67,58 @@ class RMSNorm:
     if self.offset:
       p = {"scale": p["scale"] + self.offset}
     return _affine(p, y).astype(x.dtype)
+
+
+@dataclass(frozen=True)
+class BatchNorm:
+  """y = (x - mean) / sqrt(var + eps) * scale + bias, over all but features.
+
+  Ioffe and Szegedy, arXiv:1502.03167, algorithms 1 and 2. Training normalises
+  by the batch and moves the running mean and variance a `momentum` of the way
+  towards it; evaluation normalises by what is running. It is here to compare
+  with: no decoder uses it, since it mixes rows and positions of a batch.
+  """
+
+  dim: int
+  eps: float = 1e-5
+  momentum: float = 0.1
+  axis: str = "embed"
+
+  def params(self) -> dict[str, Param]:
+    """`scale` and `bias` [dim]."""
+    return LayerNorm(self.dim, axis=self.axis).params()
+
+  def state(self) -> dict[str, Param]:
+    """The running `mean` and `var` [dim]; no gradient reaches them."""
+    axes = (self.axis,)
+    return {
+      "mean": Param((self.dim,), axes, 0, ZEROS, jnp.float32),
+      "var": Param((self.dim,), axes, 0, ONES, jnp.float32),
+    }
+
+  def __call__(
+    self, p: dict[str, Any], x: Array, state: dict[str, Array], train: bool
+  ) -> tuple[Array, dict[str, Array]]:
+    """Normalises `x` [..., dim]; returns the new state as well.
+
+    The batch is normalised by its own (biased) variance, the running one is
+    unbiased, as in torch.
+    """
+    y = x.astype(jnp.float32)
+    mean, var = state["mean"], state["var"]
+    if train:
+      axes = tuple(range(x.ndim - 1))
+      mean, var = jnp.mean(y, axis=axes), jnp.var(y, axis=axes)
+      rows = x.size // self.dim
+      seen = {"mean": mean, "var": var * rows / max(rows - 1, 1)}
+      seen = jax.lax.stop_gradient(seen)
+      state = jax.tree.map(
+        lambda old, new: old + self.momentum * (new - old), state, seen
+      )
+    lead = (1,) * (x.ndim - 1)
+    y = y - mean.reshape(*lead, -1)
+    y = y * jax.lax.rsqrt(var + self.eps).reshape(*lead, -1)
+    return _affine(p, y).astype(x.dtype), state
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
