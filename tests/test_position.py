@@ -7,6 +7,7 @@ settings behind each name, which stand here again as values.
 import dataclasses
 import itertools
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
 
 from jaxlm.errors import UserError
 from jaxlm.layers.attend import At
@@ -248,6 +250,20 @@ def test_one_program_serves_short_and_long_rows(scaling):
   assert len(traces) == 1
 
 
+@pytest.mark.parametrize("scaling", SCALINGS, ids=named)
+def test_rows_and_sequences_may_be_sharded(scaling):
+  """The longest position is found across the devices of a row."""
+  x = jax.random.normal(jax.random.key(0), (4, 6, 2, 20))
+  places = 25 * jnp.arange(4)[:, None] + jnp.arange(6)[None]
+  rope = Rope(scaling=scaling)
+  want = rope(x, places)
+  with jax.set_mesh(jax.make_mesh((4, 2), ("data", "seq"))):
+    x, places = (jax.device_put(y, P("data", "seq")) for y in (x, places))
+    got = jax.jit(rope)(x, places)
+    assert got.sharding.spec[:2] == ("data", "seq")
+  np.testing.assert_allclose(got, want, atol=3e-5)
+
+
 # --- With a cache -----------------------------------------------------------
 
 
@@ -311,3 +327,18 @@ def test_a_position_beyond_the_learned_ones_is_an_error():
   table(p, jnp.array([[-1, 0, 5]]), 4)
   with pytest.raises(UserError, match=r"position 6 is beyond the 6 .* \(0 to"):
     table(p, jnp.array([[-1, 0, 6]]), 4)
+
+
+# --- The page ---------------------------------------------------------------
+
+
+def test_examples_of_the_page(capsys):
+  """Each block of docs/positions.md runs; what it prints is what it says."""
+  page = FOLDER.parent / "docs" / "positions.md"
+  blocks = re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.S)
+  assert len(blocks) == 5
+  names: dict = {}
+  for block in blocks:
+    exec(compile(block, str(page), "exec"), names)
+    said = re.findall(r"^print\(.*\)  # (.*)$", block, re.M)
+    assert capsys.readouterr().out.splitlines() == said
