@@ -38,7 +38,9 @@ def evaluate(
     chosen = [i * total // limit for i in range(limit)]
   mean = Mean()
   for i in chosen:
-    metrics = dict(eval_fn(params, put(batches[i])))
+    metrics = eval_fn(params, put(batches[i]))
+    # What is told layer by layer is for the optimizer.
+    metrics = {k: v for k, v in metrics.items() if not isinstance(v, dict)}
     mean.add(metrics.pop("weight"), **metrics)
   result = mean.result()
   return result | {"perplexity": math.exp(min(result["loss"], 700.0))}

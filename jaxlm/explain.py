@@ -71,6 +71,11 @@ def _model(config: FrozenConfigDict, model: Decoder) -> list[Row]:
   return [
     ("family", config.model.family, "model.family"),
     ("parameters", f"{model.n_params():,}", "sum over the table below"),
+    (
+      "active",
+      f"{model.n_active():,}",
+      "those that work on one token",
+    ),
     ("hidden matrices", f"{hidden:,}", "without embeddings, head, norms"),
     ("depth", f"{model.depth}", "blocks"),
     ("width", f"{model.dim}", "model.dim"),

@@ -98,6 +98,7 @@ SCHEMA: dict[str, Any] = {
       "original", "size of an update: original or match_rms_adamw"
     ),
     "qk_clip": Key(0.0, "largest attention logit with Muon; 0: any", low=0),
+    "balance": Key(0.001, "move per step of a bias that evens experts", low=0),
   },
   "data": {
     "path": Key(None, "file or files; None: Python's own docs", (str, tuple)),

@@ -8,6 +8,7 @@ batches exactly.
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxlm.layers.attend import At
 from jaxlm.layers.compute import DEFAULT, Compute
@@ -43,8 +44,11 @@ def next_token(
     chunk: positions whose logits are held at a time; 0 holds them all.
 
   Returns:
-    The loss, and `loss` (without the z term), `weight`; where `compute.watch`
-    also `max_logits`: by the path of each attention, `[layers, heads]`.
+    The loss, and `loss` (without what is added to it), `weight`; where
+    `compute.watch` also `max_logits`: by the path of each attention, `[layers,
+    heads]`. With mixtures of experts also `aux`, what their routers add to the
+    loss; `load`: by the path of each mixture, `[layers, experts]`, shares of
+    the assignments; and `load_cv`, their coefficient of variation.
   """
   at = At(batch.get("positions"), batch.get("segments"), None, key)
   x, seen = hidden(model, params, batch["inputs"], at, None, compute)
@@ -57,12 +61,28 @@ def next_token(
   loss, weight = weighted_mean(nll, batch.get("mask"))
   metrics = {"loss": loss, "weight": weight}
   if compute.watch:
-    metrics["max_logits"] = {
-      f"layers/{i}/{j}/mixer": mixer["max_logits"]
-      for i, pattern in seen.items()
-      for j, mixer in pattern.items()
-    }
+    metrics["max_logits"] = _reported(seen, "max_logits", "mixer")
+  if load := _reported(seen, "load", "ffn"):
+    aux = sum(x.sum() for x in _reported(seen, "aux", "ffn").values())
+    metrics |= {"load": load, "load_cv": _variation(load), "aux": aux}
+    loss = loss + aux
   if z_loss:
     drift, _ = weighted_mean(log_z**2, batch.get("mask"))
     loss = loss + z_loss * drift
   return loss, metrics
+
+
+def _reported(seen: Any, name: str, part: str) -> dict[str, Array]:
+  """What blocks report under `name`, by the path of their mixer or ffn."""
+  return {
+    f"layers/{i}/{j}/{part}": report[name]
+    for i, pattern in seen.items()
+    for j, report in pattern.items()
+    if name in report
+  }
+
+
+def _variation(load: dict[str, Array]) -> Array:
+  """Standard deviation over mean of the experts' load, mean over layers."""
+  each = [x.std(-1) / x.mean(-1) for x in load.values()]
+  return jnp.concatenate(each).mean()

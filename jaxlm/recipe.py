@@ -116,6 +116,7 @@ def optimizer(config: Config, tree: Any, lr: Schedule) -> Any:
       if o.freeze
       else (),
       qk_clip=o.qk_clip,
+      balance=o.balance,
     ),
   )
   return skip_spikes(tx, config.spike_skip) if config.spike_skip else tx

@@ -13,6 +13,7 @@ from flax import struct
 Array = jax.Array
 Tree = Any
 LOGITS = "max_logits"  # what QK clip watches; joined by maximum
+LOAD = "load"  # of experts, what `balance_experts` evens; joined by mean
 LossFn = Callable[[Tree, Tree, Array], tuple[Array, dict[str, Array]]]
 
 
@@ -172,7 +173,12 @@ def _accumulate(
   total = jnp.maximum(jnp.sum(weights), 1.0)
   grads = jax.tree.map(lambda g: g / total, grads)
   tops = {name: parts.pop(name) for name in [LOGITS] if name in parts}
-  metrics = {k: jnp.sum(x * weights) / total for k, x in parts.items()}
+
+  def mean(x: Array) -> Array:
+    w = weights.reshape(-1, *(1,) * (x.ndim - 1))
+    return jnp.sum(x * w, axis=0) / total
+
+  metrics = jax.tree.map(mean, parts)
   metrics |= jax.tree.map(lambda x: jnp.max(x, axis=0), tops)
   return grads, metrics | {"weight": jnp.sum(weights)}
 
@@ -190,6 +196,8 @@ def _apply(
     extra[LOGITS] = metrics.pop(LOGITS)
     tops = [jnp.max(x) for x in extra[LOGITS].values()]
     metrics["max_logit"] = functools.reduce(jnp.maximum, tops)
+  if LOAD in metrics:
+    extra[LOAD] = metrics.pop(LOAD)
 
   def update(state: TrainState) -> TrainState:
     # optax relies on implicit dtype promotion.

@@ -292,11 +292,10 @@ class MoE:
       return self._local(p, x, noise, compute)
     rows = compute.spec(("batch", None, None), x.shape) or PartitionSpec()
     split = self._split(compute, mesh)
-    p = {name: p[name] for name in ("router", "experts")}
-    specs = {
-      "router": jax.tree.map(lambda _: PartitionSpec(), p["router"]),
-      "experts": split,
-    }
+    whole = jax.tree.map(lambda _: PartitionSpec(), p["router"])
+    arrays = {"router": p["router"], "experts": p["experts"]}, x, noise
+    noisy = None if noise is None else rows
+    specs = {"router": whole, "experts": split}, rows, noisy
 
     def local(p: Tree, x: Array, noise: Array | None) -> tuple[Array, Report]:
       plain = replace(compute, rules=None)
@@ -304,10 +303,10 @@ class MoE:
 
     return jax.shard_map(
       local,
-      in_specs=(specs, rows, rows),
+      in_specs=specs,
       out_specs=(rows, PartitionSpec()),
       check_vma=False,
-    )(*jax.tree.map(jax.sharding.reshard, (p, x, noise), (specs, rows, rows)))
+    )(*jax.tree.map(jax.sharding.reshard, arrays, specs))
 
   def _split(self, compute: Compute, mesh: Any) -> dict[str, PartitionSpec]:
     """Where the experts' arrays lie while used: hidden units may be split."""

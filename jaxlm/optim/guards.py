@@ -1,8 +1,8 @@
-"""What keeps a run from harm: skipped spikes, and bounded attention logits.
+"""What keeps a run from harm: skipped spikes, bounded logits, even experts.
 
-Both are optax transformations with extra arguments, so a step passes what it
-has measured (`tx.update(..., grad_norm=..., max_logits=...)`) and the guards
-stay pure functions of their state.
+All are optax transformations with extra arguments, so a step passes what it
+has measured (`tx.update(..., grad_norm=..., max_logits=..., load=...)`) and the
+guards stay pure functions of their state.
 """
 
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxlm.errors import UserError
-from jaxlm.layers.param import Param, Tree
+from jaxlm.layers.param import Param, Tree, path_name, paths
 
 Array = jax.Array
 Transform = optax.GradientTransformationExtraArgs
@@ -189,3 +189,46 @@ def _factors(
         f_ = jnp.expand_dims(f, (*between, *range(at + 1, len(p.axes))))
         factors[f"{path}/{leaf}".lstrip("/")] = f_
   return factors
+
+
+# --- Experts ----------------------------------------------------------------
+
+
+def balance_experts(tree: Tree, rate: float) -> Transform:
+  """Moves the routers' correction biases against the load: no loss needed.
+
+  After each step b_i += rate * sign(mean load - load_i) (arXiv:2408.15664), so
+  an expert that had more than its share is chosen less. This is all that moves
+  them: whatever gradient, decay or rule made of their update is left out.
+
+  Args:
+    tree: nested dicts of `Param`; a router is found as a dict `router` with a
+      `correction` [..., experts].
+    rate: the length of a move; DeepSeek-V3 took 0.001.
+
+  Returns:
+    A transformation whose `update` takes `load`: for each path of a mixture
+    ('layers/0/0/ffn') the shares of the assignments in the last forward pass,
+    [..., experts].
+  """
+  ending = "/router/correction"
+  biases = [name for name in paths(tree) if name.endswith(ending)]
+
+  def update(updates, state, params=None, *, load=None, **extra):
+    del params, extra
+    if biases and load is None:
+      raise ValueError("balance_experts needs update(..., load=...)")
+
+    def one(path: tuple[Any, ...], u: Array) -> Array:
+      name = path_name(path)
+      if name not in biases:
+        return u
+      share = load[name.removesuffix(ending)]
+      gap = share.mean(-1, keepdims=True) - share
+      return rate * jnp.sign(gap).astype(u.dtype)
+
+    return jax.tree_util.tree_map_with_path(one, updates), state
+
+  return optax.GradientTransformationExtraArgs(
+    lambda params: optax.EmptyState(), update
+  )

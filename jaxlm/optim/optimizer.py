@@ -3,7 +3,7 @@
 `make` chains, in this order:
 
   clip by global norm → coupled decay → the rule → decoupled decay
-  → learning rate multiplier → learning rate → QK clip
+  → learning rate multiplier → learning rate → QK clip → balance of experts
 
 and returns one optax transformation. Rules come from optax, Muon from
 `muon.py`. Under 'muon', hidden matrices are Muon's, and AdamW has the rest:
@@ -24,7 +24,7 @@ import optax
 
 from jaxlm.errors import UserError
 from jaxlm.layers.param import Tree, decay_mask, map_params
-from jaxlm.optim.guards import qk_clip
+from jaxlm.optim.guards import balance_experts, qk_clip
 from jaxlm.optim.muon import Muon, scale_by_muon
 from jaxlm.optim.schedules import Schedule
 from jaxlm.optim.tables import Table, lookup
@@ -52,6 +52,9 @@ class Optimizer:
     freeze_table: True by path for what must not change.
     qk_clip: largest attention logit, see `guards.qk_clip`; 0 for any. With it,
       `update` needs the extra argument `max_logits`.
+    balance: how far the correction biases of routers move in a step, see
+      `guards.balance_experts`. With it, `update` of a model that has them
+      needs the extra argument `load`.
   """
 
   name: str = "adamw"
@@ -66,6 +69,7 @@ class Optimizer:
   decay_table: Table = ()
   freeze_table: Table = ()
   qk_clip: float = 0.0
+  balance: float = 0.0
 
   def __post_init__(self):
     if self.name not in RULES:
@@ -73,7 +77,7 @@ class Optimizer:
       hint = f"did you mean {near[0]!r}? " if near else ""
       known = ", ".join(RULES)
       raise UserError(f"unknown optimizer {self.name!r}; {hint}known: {known}")
-    for key in ("weight_decay", "clip_norm", "eps", "qk_clip"):
+    for key in ("weight_decay", "clip_norm", "eps", "qk_clip", "balance"):
       if getattr(self, key) < 0:
         raise UserError(f"the optimizer's {key} must not be negative")
     for key in ("momentum", "b1", "b2"):
@@ -142,6 +146,8 @@ def make(
   chain += [_scale(tree, optimizer), optax.scale_by_learning_rate(lr)]
   if optimizer.qk_clip:
     chain.append(qk_clip(tree, optimizer.qk_clip))
+  if optimizer.balance:
+    chain.append(balance_experts(tree, optimizer.balance))
   return _permissive(_freeze(optax.chain(*chain), tree, optimizer))
 
 

@@ -10,10 +10,18 @@ to be trained with Muon.
 from jaxlm.errors import UserError
 from jaxlm.layers.attention import Attention
 from jaxlm.layers.mlp import GLU, MLP, relu2, silu
+from jaxlm.layers.moe import MoE
 from jaxlm.layers.norm import RMSNorm
 from jaxlm.layers.param import ZEROS, FanIn, Normal
 from jaxlm.layers.position import Rope
+from jaxlm.layers.router import TopK, sigmoid
 from jaxlm.models.decoder import Block, Decoder
+
+ROUTERS = {
+  "loss": TopK(balance=0.01, z_loss=0.001),  # as the Switch and ST-MoE papers
+  "bias": TopK(sigmoid, correction=True),
+  "none": TopK(),
+}
 
 
 def decoder(
@@ -29,6 +37,9 @@ def decoder(
   softcap: float | None = 15.0,
   tied: bool = False,
   dropout: float = 0.0,
+  experts: int = 0,
+  top_k: int = 2,
+  balance: str = "loss",
 ) -> Decoder:
   """A modern decoder of any size.
 
@@ -46,15 +57,30 @@ def decoder(
     softcap: bound on the logits, or None.
     tied: share the embedding with the head.
     dropout: on embeddings and branches.
+    experts: a mixture of so many feed-forward layers; 0 for one, dense.
+    top_k: how many experts work on a token. Where `mlp_dim` is None, each is
+      narrower by that factor, and a token costs what it would without experts.
+    balance: what evens their load: 'loss' (the Switch loss, and a z-loss),
+      'bias' (the optimizer's `balance_experts`) or 'none'.
+
+  Raises:
+    UserError: for an unknown `ffn` or `balance`, or experts that do not fit.
   """
   norm = RMSNorm(dim, scale=False)
+  parts = top_k if experts else 1
   if ffn == "relu2":
-    feed = MLP(dim, mlp_dim or 4 * dim, relu2, out_init=ZEROS)
+    hidden = mlp_dim or 4 * dim // max(parts, 1)
+    feed = MLP(dim, hidden, relu2, out_init=ZEROS)
   elif ffn == "glu":
-    hidden = mlp_dim or round(8 * dim / 3 / 64) * 64
+    hidden = mlp_dim or round(8 * dim / 3 / 64) * 64 // max(parts, 1)
     feed = GLU(dim, hidden, silu, out_init=ZEROS)
   else:
     raise UserError(f"model.ffn is {ffn!r}; known: relu2, glu")
+  if experts:
+    if balance not in ROUTERS:
+      known = ", ".join(ROUTERS)
+      raise UserError(f"model.balance is {balance!r}; known: {known}")
+    feed = MoE(feed, experts, top_k, ROUTERS[balance])
   block = Block(
     mixer=Attention(
       dim,
