@@ -12,6 +12,7 @@ normaliser.
 
 import io
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -123,6 +124,11 @@ class ByteBPE(Tokenizer):
     self.vocab_size = max(vocab.values()) + 1
     self._content = content
     self._table = self._bytes_of(vocab, {a["content"] for a in added})
+    # Of most vocabularies nothing; the library would drop such bytes silently.
+    lacking = set(range(256)) - {b[0] for b in self._table if len(b) == 1}
+    self._lacking = re.compile(
+      b"|".join(re.escape(bytes([b])) for b in sorted(lacking)) or b"(?!)"
+    )
     if self.decode(self.encode("A b")) != "A b":
       raise UserError(
         "this tokenizer.json changes plain text (perhaps by add_prefix_space "
@@ -164,17 +170,17 @@ class ByteBPE(Tokenizer):
     for token, i in vocab.items():
       plain = token not in added and all(c in stand_ins for c in token)
       table[i] = bytes(stand_ins[c] for c in token) if plain else utf8(token)
-    missing = 256 - len({b for b in table if len(b) == 1})
-    if missing:
-      raise UserError(
-        f"this tokenizer.json lacks {missing} of the 256 bytes, so there is "
-        "text that it cannot encode; use a complete byte-level vocabulary"
-      )
     return table
 
   def _encode(self, texts: list[str]) -> list[np.ndarray]:
     for text in texts:
-      utf8(text)
+      lacking = self._lacking.search(utf8(text))
+      if lacking:
+        raise UserError(
+          f"the text has a character with the byte {lacking[0][0]:#04x} of "
+          "UTF-8, for which this vocabulary has no token (those of some "
+          "published models lack rare control characters); leave it out"
+        )
     found = self._hf.encode_batch_fast(texts, add_special_tokens=False)
     return [np.array(e.ids, np.int32) for e in found]
 
