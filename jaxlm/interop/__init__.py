@@ -1,0 +1,1 @@
+"""Other people's files: the Hugging Face hub's, and llama.cpp's GGUF."""
