@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from jaxlm.errors import UserError
+from jaxlm.layers.mask import Chunked, Sliding
 from jaxlm.layers.position import Rope
 from jaxlm.layers.scaling import Dynamic, Linear, Llama3, LongRope, Yarn
 from jaxlm.models import families
@@ -208,6 +209,46 @@ def expect(config: Config, **wanted: Any) -> None:
         f"the config says {key}={config[key]!r}, which is not built here; it "
         f"can be {' or '.join(map(repr, values))}"
       )
+
+
+# --- Layers that differ -----------------------------------------------------
+
+_LETTERS = {
+  "sliding_attention": "L",
+  "chunked_attention": "C",
+  "full_attention": "G",
+}
+
+
+def read_pattern(config: Config, pattern: str) -> str:
+  """What each layer sees, a letter each, from `layer_types`.
+
+  Args:
+    config: a config.json.
+    pattern: the letters where it has no `layer_types`, tiled over the depth: L
+      for a layer that sees a window (local), C for a chunk, G for all (global).
+      Only these letters can be built.
+
+  Raises:
+    UserError: for another kind of layer, or not one kind for each layer.
+  """
+  kinds, depth = config.get("layer_types"), config["num_hidden_layers"]
+  if kinds is None:
+    return "".join(pattern[i % len(pattern)] for i in range(depth))
+  known = {kind: c for kind, c in _LETTERS.items() if c in pattern}
+  if len(kinds) != depth or not set(kinds) <= known.keys():
+    raise UserError(
+      f"layer_types names {len(kinds)} layers of kinds {sorted(set(kinds))}; "
+      f"it needs {depth}, each {' or '.join(known)}"
+    )
+  return "".join(known[kind] for kind in kinds)
+
+
+def write_pattern(model: Decoder) -> list[str]:
+  """The `layer_types` that `read_pattern` reads back."""
+  names = {Sliding: "sliding_attention", Chunked: "chunked_attention"}
+  masks = (block.mixer.mask for block in model.blocks)
+  return [names.get(type(mask), "full_attention") for mask in masks]
 
 
 # --- Rotary positions -------------------------------------------------------

@@ -333,3 +333,11 @@ COMMON = (
   ("norm/scale", "model.norm.weight"),
   ("head", "lm_head.weight"),
 )
+
+# The same where layers also, or only, have norms after their branches.
+SANDWICH = (
+  *(line for line in COMMON if line[0] != "ffn_norm/scale"),
+  ("mixer_post_norm/scale", "model.layers.{}.post_attention_layernorm.weight"),
+  ("ffn_norm/scale", "model.layers.{}.pre_feedforward_layernorm.weight"),
+  ("ffn_post_norm/scale", "model.layers.{}.post_feedforward_layernorm.weight"),
+)

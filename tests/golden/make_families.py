@@ -47,13 +47,12 @@ def build(config: dict) -> torch.nn.Module:
 def perturb(model: torch.nn.Module) -> None:
   """Random weights, float16 at heart; scales around one, all others zero."""
   buffers = [(k, b) for k, b in model.named_buffers() if "bias" in k]
-  for name, p in [*model.named_parameters(), *buffers]:
+  for _, p in [*model.named_parameters(), *buffers]:
     if p.dtype is not torch.float32:
       continue  # a mask
-    scale = "norm" in name or "ln_" in name
-    scale = scale and name.endswith("weight")
+    start = float((p == 1.0).all())  # a scale, unless it is stored as 1 + p
     noise = torch.randn(p.shape) * 0.25
-    p.data = (noise + float(scale)).half().float()
+    p.data = (noise + start).half().float()
 
 
 def on_disk(model: torch.nn.Module) -> tuple[dict, dict]:
