@@ -34,12 +34,19 @@ class At:
     blocks: int32 [batch, seq], tokens with the same non-negative id see each
       other both ways (images, prefixes) under `PrefixLM`.
     key: randomness for dropout; None means none (evaluation).
+    context: what cross-attention reads, [batch, keys, dim], in the dtype of
+      the layers; None means what the cache holds of it.
+    sources: the `At` of the context's tokens.
+    table: learned relative biases [buckets, heads], one for all layers.
   """
 
   positions: Array | None = None
   segments: Array | None = None
   blocks: Array | None = None
   key: Array | None = None
+  context: Array | None = None
+  sources: "At | None" = None
+  table: Array | None = None
 
   @property
   def aligned(self) -> bool:
@@ -74,6 +81,7 @@ def attend_reference(
   softcap: float | None = None,
   sinks: Array | None = None,
   slopes: Array | None = None,
+  bias: Array | None = None,
 ) -> Array:
   """The definition; see `attend` for the arguments."""
   b, t, n, h = q.shape
@@ -91,6 +99,8 @@ def attend_reference(
     j = jnp.arange(s)[None] if keys.positions is None else keys.positions
     away = (j[:, None, :] - i[:, :, None]).astype(jnp.float32)[:, None, None]
     scores = scores + slopes.reshape(1, groups, n // groups, 1, 1) * away
+  if bias is not None:
+    scores = scores + bias.reshape(-1, groups, n // groups, t, s)
   probs = masked_softmax(
     scores, see, None if sinks is None else sinks.reshape(1, groups, -1, 1, 1)
   )
@@ -156,6 +166,7 @@ def attend_blocks(
   softcap: float | None = None,
   sinks: Array | None = None,
   slopes: Array | None = None,
+  bias: Array | None = None,
 ) -> Array:
   """The same, one block of queries at a time, on the keys it can see.
 
@@ -163,7 +174,8 @@ def attend_blocks(
   window). Where positions come with the data, or scores are capped or biased,
   the reference takes over.
   """
-  plain = softcap is None and sinks is None and slopes is None
+  extras = (softcap, sinks, slopes, bias)
+  plain = all(extra is None for extra in extras)
   own = at.aligned and keys.aligned and q.shape[1] == k.shape[1]
   if plain and own and mask.causal:
     return attend_causal(q, k, v, mask, scale)
@@ -178,6 +190,7 @@ def attend_blocks(
     softcap=softcap,
     sinks=sinks,
     slopes=slopes,
+    bias=bias,
   )
 
 
@@ -196,6 +209,7 @@ def attend(
   softcap: float | None = None,
   sinks: Array | None = None,
   alibi: Alibi | None = None,
+  bias: Array | None = None,
   compute: Compute,
 ) -> Array:
   """Attention of queries to keys, softmax in float32.
@@ -212,6 +226,7 @@ def attend(
     softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2).
     sinks: learned logits `[heads]` that only join the denominator (gpt-oss).
     alibi: linear biases, or None.
+    bias: added to the scores, `[batch or 1, heads, seq, keys]`.
     compute: chooses the implementation, and places the work on a mesh.
 
   Returns:
@@ -226,15 +241,14 @@ def attend(
     softcap=softcap,
   )
   slopes = None if alibi is None else alibi.slopes(q.shape[2])
-  at, keys = at.replace(key=None), keys.replace(key=None)
+  at, keys = (At(a.positions, a.segments, a.blocks) for a in (at, keys))
+  extras = {"sinks": sinks, "slopes": slopes, "bias": bias}
   if active_mesh() is None or compute.rules is None:
-    return form(q, k, v, mask, at, keys, sinks=sinks, slopes=slopes)
-  return _attend_sharded(form, q, k, v, mask, at, keys, sinks, slopes, compute)
+    return form(q, k, v, mask, at, keys, **extras)
+  return _attend_sharded(form, q, k, v, mask, at, keys, extras, compute)
 
 
-def _attend_sharded(
-  form, q, k, v, mask, at, keys, sinks, slopes, compute
-) -> Array:
+def _attend_sharded(form, q, k, v, mask, at, keys, extras, compute) -> Array:
   """Runs `form` on each device's batch and heads; no communication."""
   heads = compute.spec(("batch", None, "heads", None), q.shape)
   kv = compute.spec(("batch", None, "kv_heads", None), k.shape)
@@ -246,19 +260,24 @@ def _attend_sharded(
     jax.sharding.reshard(x, spec)
     for x, spec in zip((q, k, v), (heads, kv, kv), strict=True)
   )
-  by_row = PartitionSpec(heads[0], None)
-  by_head = PartitionSpec(heads[2])
-  rows = jax.tree.map(
-    lambda x: by_row if x.shape[0] == q.shape[0] else PartitionSpec(),
-    (at, keys),
-  )
 
-  def local(q, k, v, at, keys, sinks, slopes):
-    return form(q, k, v, mask, at, keys, sinks=sinks, slopes=slopes)
+  def rows(x: Array) -> str | None:
+    return heads[0] if x.shape[0] == q.shape[0] else None
+
+  by_row = jax.tree.map(lambda x: PartitionSpec(rows(x), None), (at, keys))
+  each = PartitionSpec(heads[2])
+  by_head = {"sinks": each, "slopes": each, "bias": None}
+  if extras["bias"] is not None:
+    spec = PartitionSpec(rows(extras["bias"]), heads[2], None, None)
+    extras = extras | {"bias": jax.sharding.reshard(extras["bias"], spec)}
+    by_head["bias"] = spec
+
+  def local(q, k, v, at, keys, extras):
+    return form(q, k, v, mask, at, keys, **extras)
 
   return jax.shard_map(
     local,
-    in_specs=(heads, kv, kv, *rows, by_head, by_head),
+    in_specs=(heads, kv, kv, *by_row, by_head),
     out_specs=heads,
     check_vma=False,
-  )(q, k, v, at, keys, sinks, slopes)
+  )(q, k, v, at, keys, extras)

@@ -14,6 +14,7 @@ from jaxlm.layers.mask import Causal, Mask
 from jaxlm.layers.norm import Norm
 from jaxlm.layers.param import ZEROS, FanIn, Init, Param
 from jaxlm.layers.position import Alibi, Rope
+from jaxlm.layers.relative import RelativeBias
 
 Array = jax.Array
 
@@ -52,7 +53,8 @@ class Attention:
       MQA; None means as many as queries.
     head_dim: width of a head; None means `dim / heads`.
     mask: who sees whom.
-    position: `Rope`, `Alibi`, or None (positions live elsewhere, or nowhere).
+    position: `Rope`, `Alibi`, `RelativeBias`, or None (positions live
+      elsewhere, or nowhere).
     qk_norm: normalises each head's queries and keys before the rotation
       (Qwen 3, arXiv:2302.05442), after it where `norm_after_rope`; over all
       heads at once where `norm_heads` is 'all' (OLMo 2).
@@ -64,6 +66,7 @@ class Attention:
     temperature: of the queries by position, or None.
     out_norm: over all heads, before the output projection (BitNet).
     init, out_init: initializers of the input and output projections.
+    q_init: that of the queries, where it is another (T5).
   """
 
   dim: int
@@ -71,7 +74,7 @@ class Attention:
   kv_heads: int | None = None
   head_dim: int | None = None
   mask: Mask = Causal()
-  position: Rope | Alibi | None = None
+  position: Rope | Alibi | RelativeBias | None = None
   qk_norm: Norm | None = None
   norm_after_rope: bool = False
   norm_heads: str = "each"
@@ -84,6 +87,7 @@ class Attention:
   out_norm: Norm | None = None
   init: Init = FanIn()
   out_init: Init = FanIn()
+  q_init: Init | None = None
 
   def __post_init__(self):
     # What None stands for is filled in, so that equal layers are `==`.
@@ -105,14 +109,14 @@ class Attention:
   def params(self) -> dict[str, Any]:
     """`q`, `k`, `v` [dim, heads, head_dim] and `o` [heads, head_dim, dim]."""
     tree: dict[str, Any] = {}
-    for name, n, axis in (
-      ("q", self.heads, "heads"),
-      ("k", self.groups, "kv_heads"),
-      ("v", self.groups, "kv_heads"),
+    for name, n, axis, init in (
+      ("q", self.heads, "heads", self.q_init or self.init),
+      ("k", self.groups, "kv_heads", self.init),
+      ("v", self.groups, "kv_heads", self.init),
     ):
       shape = (n, self.width)
       tree[name] = Param(
-        (self.dim, *shape), ("embed", axis, "head_dim"), 1, self.init
+        (self.dim, *shape), ("embed", axis, "head_dim"), 1, init
       )
       if self.bias:
         tree[name + "_bias"] = Param(shape, (axis, "head_dim"), 0, ZEROS)
@@ -207,25 +211,36 @@ class Attention:
   def _project(
     self, p: dict[str, Any], x: Array, at: At
   ) -> tuple[Array, Array, Array]:
-    """Queries, keys and values, normalised and turned."""
-    wide = jnp.float32  # until the last step: a CPU is slow in bfloat16
-    q, k, v = (dot(x, p[name], "btd,dnh->btnh", dtype=wide) for name in "qkv")
-    if self.bias:
-      q, k, v = (
-        y + p[name + "_bias"].astype(wide)[None, None]
-        for name, y in zip("qkv", (q, k, v), strict=True)
-      )
+    """Queries, keys and values of the same tokens."""
+    return self.queries(p, x, at), *self.keys(p, x, at)
 
-    if not self.norm_after_rope:
-      q, k = self._normalise(p, "q", q), self._normalise(p, "k", k)
-    where = jnp.arange(x.shape[1]) if at.positions is None else at.positions
-    if isinstance(self.position, Rope):
-      q, k = self.position(q, where), self.position(k, where)
-    if self.norm_after_rope:
-      q, k = self._normalise(p, "q", q), self._normalise(p, "k", k)
+  def queries(self, p: dict[str, Any], x: Array, at: At) -> Array:
+    """Queries `[batch, seq, heads, head_dim]` of `x` [batch, seq, dim]."""
+    q = self._turned(p, "q", x, at)
     if self.temperature is not None:
-      q = self.temperature(q, where)
-    return q.astype(x.dtype), k.astype(x.dtype), v.astype(x.dtype)
+      q = self.temperature(q, _where(x, at))
+    return q.astype(x.dtype)
+
+  def keys(self, p: dict[str, Any], x: Array, at: At) -> tuple[Array, Array]:
+    """Keys and values `[batch, seq, kv_heads, head_dim]` of `x`."""
+    k, v = self._turned(p, "k", x, at), self._linear(p, "v", x)
+    return k.astype(x.dtype), v.astype(x.dtype)
+
+  def _linear(self, p: dict[str, Any], name: str, x: Array) -> Array:
+    """One of the three projections, float32: a CPU is slow in bfloat16."""
+    y = dot(x, p[name], "btd,dnh->btnh", dtype=jnp.float32)
+    if self.bias:
+      y = y + p[name + "_bias"].astype(y.dtype)[None, None]
+    return y
+
+  def _turned(self, p: dict[str, Any], name: str, x: Array, at: At) -> Array:
+    """Queries or keys, normalised and turned."""
+    y = self._linear(p, name, x)
+    if not self.norm_after_rope:
+      y = self._normalise(p, name, y)
+    if isinstance(self.position, Rope):
+      y = self.position(y, _where(x, at))
+    return self._normalise(p, name, y) if self.norm_after_rope else y
 
   def _normalise(self, p: dict[str, Any], name: str, x: Array) -> Array:
     """`qk_norm` of queries or keys `[batch, seq, heads, head_dim]`."""
@@ -249,8 +264,19 @@ class Attention:
       softcap=self.softcap,
       sinks=p["sinks"] if self.sinks else None,
       alibi=self.position if isinstance(self.position, Alibi) else None,
+      bias=self._bias(q, k, at, keys),
       compute=compute,
     )
+
+  def _bias(self, q: Array, k: Array, at: At, keys: At) -> Array | None:
+    """What relative positions add to the scores."""
+    if not isinstance(self.position, RelativeBias):
+      return None
+    where = [
+      _where(x, place)[None] if place.positions is None else place.positions
+      for x, place in ((q, at), (k, keys))
+    ]
+    return self.position(at.table, *where)
 
   def _attend_cached(self, p, q, k, v, at: At, cache, compute: Compute):
     """Attends to the cache and the new tokens; returns output and cache.
@@ -282,3 +308,8 @@ class Attention:
       compute,
     )
     return y, new
+
+
+def _where(x: Array, at: At) -> Array:
+  """Positions of the tokens `x` [batch, seq, ...]."""
+  return jnp.arange(x.shape[1]) if at.positions is None else at.positions
