@@ -10,14 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxlm.errors import UserError
-from jaxlm.generate.samplers import (
-  Greedy,
-  Sample,
-  Temperature,
-  TopK,
-  TopP,
-  make_sampler,
-)
+from jaxlm.generate.filters import Temperature, TopK, TopP
+from jaxlm.generate.samplers import Greedy, Sample, make_sampler
 
 
 def softmax(x: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ a row says depends neither on its neighbours nor on how it was called.
 
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from jaxlm.errors import UserError
+from jaxlm.generate.filters import Seen
 from jaxlm.generate.prompts import Prompts, Rows, check
 from jaxlm.generate.samplers import Greedy, Sampler
 from jaxlm.layers.attend import At
@@ -44,8 +46,9 @@ def generate(
   key: Array | None = None,
   *,
   lengths: Any = None,
-  eot: int | None = None,
+  eot: int | Sequence[int] | None = None,
   slide: bool = False,
+  samples: int = 1,
   compute: Compute = UNROLLED,
 ) -> Array:
   """Continues sequences of tokens.
@@ -57,33 +60,62 @@ def generate(
     tokens: prompts `[batch, seq]`, integers.
     max_new_tokens: how many to add to each.
     sampler: chooses a token from the logits.
-    key: randomness, one key or one per row `[batch]`; None means key 0, so
-      that the same call gives the same tokens.
+    key: randomness, one key or one per row `[batch * samples]`; None means
+      key 0, so that the same call gives the same tokens.
     lengths: where prompts differ in length, how many of the last tokens of
       each row are its prompt, `[batch]`; what stands before is not read.
       `prompts.pad_left` makes both.
-    eot: a row ends with this token, and is filled up with it.
+    eot: a row ends with this token, or any of these, and is filled up with the
+      first of them.
     slide: where a text outgrows the positions of the model, read the last
       half of them again and go on from there; else that is an error.
+    samples: continuations of each prompt, in neighbouring rows of the result;
+      the prompt is read once for all of them.
     compute: how to run; with `unroll` the layers are written out.
 
   Returns:
-    Tokens `[batch, seq + max_new_tokens]`, int32: prompts and continuations.
+    Tokens `[batch * samples, seq + max_new_tokens]`, int32: prompts and
+    continuations.
 
   Raises:
-    UserError: for an empty prompt, tokens outside the vocabulary, or more
-      tokens than the model has positions for.
+    UserError: for an empty prompt, tokens outside the vocabulary, logits that
+      are NaN, or more tokens than the model has positions for.
   """
   method = Method(model, sampler, compute)
-  prompts = check(model, tokens, max_new_tokens, key, lengths, eot, slide)
-  out = np.full(
-    (len(prompts.tokens), max_new_tokens), prompts.rows.eot, np.int32
+  prompts = check(
+    model, tokens, max_new_tokens, key, lengths, eot, slide, samples
   )
-  made = 0
-  for block in _blocks(method, params, prompts, max_new_tokens, pace=None):
-    out[:, made : made + block.shape[1]] = block
-    made += block.shape[1]
-  return jnp.asarray(np.concatenate([prompts.tokens, out], axis=1))
+  found = _all(method, params, prompts, max_new_tokens)
+  text = np.repeat(prompts.tokens, samples, axis=0)
+  return jnp.asarray(np.concatenate([text, found.tokens], axis=1))
+
+
+def scored(
+  model: Decoder,
+  params: Tree,
+  tokens: Any,
+  max_new_tokens: int,
+  sampler: Sampler = GREEDY,
+  key: Array | None = None,
+  *,
+  top: int = 0,
+  lengths: Any = None,
+  eot: int | Sequence[int] | None = None,
+  slide: bool = False,
+  samples: int = 1,
+  compute: Compute = UNROLLED,
+) -> "New":
+  """The new tokens of `generate`, with log-probabilities.
+
+  They are those of the model, before the sampler's filters. Arguments are
+  those of `generate`, and `top`: how many of the likeliest tokens are told
+  beside each chosen one.
+  """
+  method = Method(model, sampler, compute, top)
+  prompts = check(
+    model, tokens, max_new_tokens, key, lengths, eot, slide, samples
+  )
+  return _all(method, params, prompts, max_new_tokens)
 
 
 def stream(
@@ -95,12 +127,13 @@ def stream(
   key: Array | None = None,
   *,
   lengths: Any = None,
-  eot: int | None = None,
+  eot: int | Sequence[int] | None = None,
   slide: bool = False,
+  samples: int = 1,
   compute: Compute = UNROLLED,
   pace: float = 0.02,
 ) -> Iterator[np.ndarray]:
-  """Yields the new tokens of `generate` as they come, int32 `[batch]` each.
+  """Yields the new tokens of `generate` as they come, int32 `[rows]` each.
 
   It ends early once every row has ended with `eot`. Arguments are those of
   `generate`, and `pace`: a fast model makes several tokens at a time, but
@@ -108,9 +141,11 @@ def stream(
   one.
   """
   method = Method(model, sampler, compute)
-  prompts = check(model, tokens, max_new_tokens, key, lengths, eot, slide)
+  prompts = check(
+    model, tokens, max_new_tokens, key, lengths, eot, slide, samples
+  )
   blocks = _blocks(method, params, prompts, max_new_tokens, pace)
-  return (token for block in blocks for token in block.T)
+  return (token for block in blocks for token in block.tokens.T)
 
 
 def ready(model: Decoder, params: Tree, compute: Compute = UNROLLED) -> Tree:
@@ -140,11 +175,37 @@ def _ready(model: Decoder, params: Tree, compute: Compute) -> Tree:
 
 @dataclass(frozen=True)
 class Method:
-  """What is compiled: a model, how tokens are chosen, how it is run."""
+  """What is compiled: a model, how tokens are chosen, how it is run.
+
+  `top` is how many log-probabilities are kept beside the chosen token's; None
+  keeps none at all.
+  """
 
   model: Decoder
   sampler: Sampler
   compute: Compute
+  top: int | None = None
+
+
+@struct.dataclass
+class New:
+  """New tokens, and how likely the model found them.
+
+  Attributes:
+    tokens: int32 [rows, some].
+    logprobs: of those tokens, float32 [rows, some]; None unless asked for.
+    top_tokens: the likeliest tokens in their place, int32 [rows, some, top].
+    top_logprobs: of those, float32 [rows, some, top].
+  """
+
+  tokens: Any
+  logprobs: Any = None
+  top_tokens: Any = None
+  top_logprobs: Any = None
+
+  def between(self, start: int, end: int) -> "New":
+    """Copies of those from `start` up to `end`."""
+    return jax.tree.map(lambda x: np.array(x)[:, start:end], self)
 
 
 @struct.dataclass
@@ -154,45 +215,77 @@ class State:
   Attributes:
     rows: keys and ends.
     cache: what the layers remember of all tokens but the last.
-    last: the last token of each row, int32 [batch].
-    position: where it stands, int32 [batch].
-    out: new tokens since the prompt was read, int32 [batch, room].
-    filled: how many of `out` there are, int32.
+    position: where the last token stands, int32 [rows].
+    seen: the text so far, with room for what is to come.
+    new: the new tokens and their log-probabilities, as many as fit.
+    filled: how many of `new` there are, int32.
+    broken: whether a row's logits were NaN, bool [rows].
   """
 
   rows: Rows
   cache: Tree
-  last: Array
   position: Array
-  out: Array
+  seen: Seen
+  new: New
   filled: Array
+  broken: Array
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _begin(
   method: Method,
   length: int,
+  samples: int,
   params: Tree,
   tokens: Array,
   lengths: Array,
   rows: Rows,
 ) -> State:
   """Reads prompts `[batch, seq]` into a cache of `length`; one new token."""
+  model, compute = method.model, method.compute
   batch, seq = tokens.shape
-  cache = empty(method.model.cache(batch, length), method.compute.jnp_dtype)
-  if method.compute.unroll:
-    cache = layers_apart(method.model, cache)
-  state = State(
-    rows=rows,
-    cache=cache,
-    last=tokens[:, -1],
-    position=lengths - 1,
-    out=jnp.broadcast_to(rows.eot, (batch, length)),
-    filled=jnp.int32(0),
-  )
+  cache = empty(model.cache(batch, length), compute.jnp_dtype)
+  if compute.unroll:
+    cache = layers_apart(model, cache)
   # Padding stands at negative positions: it is never written and never seen.
   positions = jnp.arange(seq, dtype=jnp.int32)[None] + lengths[:, None] - seq
-  return _advance(method, params, state, tokens, positions)
+  at = At(positions=positions)
+  x, cache = hidden(model, params, tokens, at, cache, compute)
+
+  def wider(leaf: Array, axis: int = 0) -> Array:
+    return leaf if samples == 1 else jnp.repeat(leaf, samples, axis)
+
+  axis = 0 if compute.unroll else 1  # that of the rows, behind the layers
+  text = jnp.where(positions >= 0, tokens, -1)
+  room = jnp.full((batch, length), -1, jnp.int32)
+  state = State(
+    rows=rows,
+    cache=jax.tree.map(lambda leaf: wider(leaf, axis), cache),
+    position=wider(lengths - 1),
+    seen=Seen(
+      tokens=wider(jnp.concatenate([text, room], axis=1)),
+      start=jnp.maximum(seq - rows.made, 0),
+      end=jnp.int32(seq),
+    ),
+    new=_no_tokens(method, batch * samples, length, rows.eot[0]),
+    filled=jnp.int32(0),
+    broken=jnp.zeros(batch * samples, bool),
+  )
+  return _choose(method, params, state, wider(x[:, -1:]))
+
+
+def _no_tokens(method: Method, rows: int, room: int, eot: Array) -> New:
+  """Places for `room` new tokens of each row."""
+  tokens = jnp.broadcast_to(eot, (rows, room))
+  if method.top is None:
+    return New(tokens)
+  many = (rows, room, method.top)
+  return New(
+    tokens,
+    jnp.zeros((rows, room), jnp.float32),
+    jnp.zeros(many, jnp.int32),
+    jnp.zeros(many, jnp.float32),
+  )
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -203,45 +296,93 @@ def _extend(method: Method, params: Tree, state: State, until: Array) -> State:
     return (state.filled < until) & ~jnp.all(state.rows.ended)
 
   def step(state: State) -> State:
-    tokens, positions = state.last[:, None], state.position[:, None]
-    return _advance(method, params, state, tokens, positions)
+    last = jax.lax.dynamic_slice_in_dim(
+      state.seen.tokens, state.seen.end - 1, 1, axis=1
+    )
+    return _advance(method, params, state, last)
 
   return jax.lax.while_loop(go_on, step, state)
 
 
 def _advance(
-  method: Method, params: Tree, state: State, tokens: Array, positions: Array
+  method: Method, params: Tree, state: State, tokens: Array
 ) -> State:
-  """Reads tokens `[batch, seq]` and chooses the next one of each row."""
-  model, compute, rows = method.model, method.compute, state.rows
-  at = At(positions=positions)
-  x, cache = hidden(model, params, tokens, at, state.cache, compute)
-  scores = logits(model, params, x[:, -1:], compute)[:, 0]
+  """Reads the last token of each row, `[rows, 1]`, and chooses the next."""
+  at = At(positions=state.position[:, None])
+  x, cache = hidden(
+    method.model, params, tokens, at, state.cache, method.compute
+  )
+  return _choose(method, params, state.replace(cache=cache), x)
 
-  def choose(row: Array, key: Array) -> Array:
-    return method.sampler(row[None], jax.random.fold_in(key, rows.made))[0]
 
-  new = jax.vmap(choose)(scores, rows.keys)
-  new = jnp.where(rows.ended, rows.eot, new)
-  return State(
-    rows=rows.replace(made=rows.made + 1, ended=rows.ended | (new == rows.eot)),
-    cache=cache,
-    last=new,
+def _choose(method: Method, params: Tree, state: State, x: Array) -> State:
+  """Chooses the next token of each row from hidden states `[rows, 1, dim]`."""
+  rows, seen = state.rows, state.seen
+  scores = logits(method.model, params, x, method.compute)[:, 0]
+
+  def choose(row: Array, key: Array, tokens: Array) -> Array:
+    one = seen.replace(tokens=tokens[None])
+    return method.sampler(row[None], jax.random.fold_in(key, rows.made), one)[0]
+
+  token = jax.vmap(choose)(scores, rows.keys, seen.tokens)
+  token = jnp.where(rows.ended, rows.eot[0], token)
+  ended = rows.ended | jnp.any(token[:, None] == rows.eot[None], axis=1)
+  return state.replace(
+    rows=rows.replace(made=rows.made + 1, ended=ended),
     position=state.position + 1,
-    out=jax.lax.dynamic_update_slice_in_dim(
-      state.out, new[:, None], state.filled, axis=1
+    seen=seen.replace(
+      tokens=_put(seen.tokens, token, seen.end), end=seen.end + 1
     ),
+    new=_noted(method, state.new, scores, token, state.filled),
     filled=state.filled + 1,
+    broken=state.broken | jnp.isnan(jnp.max(scores, axis=-1)),
+  )
+
+
+def _put(table: Array, column: Array, place: Array) -> Array:
+  """`table` [rows, room, ...] with `column` [rows, ...] at `place`."""
+  return jax.lax.dynamic_update_slice_in_dim(
+    table, column[:, None], place, axis=1
+  )
+
+
+def _noted(
+  method: Method, new: New, scores: Array, token: Array, place: Array
+) -> New:
+  """The new tokens with one more, and what is to be told of it."""
+  new = new.replace(tokens=_put(new.tokens, token, place))
+  if method.top is None:
+    return new
+  log_p = jax.nn.log_softmax(scores, axis=-1)
+  own = jnp.take_along_axis(log_p, token[:, None], axis=-1)[:, 0]
+  best, which = jax.lax.top_k(log_p, method.top)
+  return new.replace(
+    logprobs=_put(new.logprobs, own, place),
+    top_tokens=_put(new.top_tokens, which, place),
+    top_logprobs=_put(new.top_logprobs, best, place),
   )
 
 
 # --- Around it --------------------------------------------------------------
 
 
+def _all(method: Method, params: Tree, prompts: Prompts, n: int) -> New:
+  """`n` new tokens of each row; where all have ended, the rest is filled."""
+  rows = len(prompts.rows.ended)
+  blocks = [*_blocks(method, params, prompts, n, pace=None)]
+  made = sum(block.tokens.shape[1] for block in blocks)
+  rest = jax.eval_shape(
+    lambda: _no_tokens(method, rows, n - made, prompts.rows.eot[0])
+  )
+  fill = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), rest)
+  fill = fill.replace(tokens=fill.tokens + prompts.rows.eot[0])
+  return jax.tree.map(lambda *x: np.concatenate(x, axis=1), *blocks, fill)
+
+
 def _blocks(
   method: Method, params: Tree, prompts: Prompts, n: int, pace: float | None
-) -> Iterator[np.ndarray]:
-  """New tokens, int32 `[batch, some]`; one window of positions after another.
+) -> Iterator[New]:
+  """New tokens, some at a time; one window of positions after another.
 
   A block takes about `pace` seconds, or with None a whole window.
   """
@@ -249,6 +390,7 @@ def _blocks(
   half = max(most // 2, 1)
   params = ready(method.model, params, method.compute)
   text, lengths, rows, made = prompts.tokens, prompts.lengths, prompts.rows, 0
+  samples = len(rows.ended) // len(text)
   seq, length = _sizes(most, half, int(lengths.max()), n)
   while made < n:
     if lengths.max() > most:  # slide: forget all but half of a window
@@ -257,11 +399,14 @@ def _blocks(
     room = min(n - made, most + 1 - longest)
     tokens = np.zeros((len(text), seq), np.int32)
     tokens[:, seq - longest :] = text[:, text.shape[1] - longest :]
-    state = _begin(method, length, params, tokens, lengths, rows)
+    state = _begin(method, length, samples, params, tokens, lengths, rows)
+    if samples > 1:  # from here on every sample has a text of its own
+      text, lengths = (np.repeat(x, samples, axis=0) for x in (text, lengths))
+      samples = 1
     for ended, block in _window(method, params, state, room, pace):
       yield block
-      text = np.concatenate([text, block], axis=1)[:, -most:]
-      made += block.shape[1]
+      text = np.concatenate([text, block.tokens], axis=1)[:, -most:]
+      made += block.tokens.shape[1]
       # NumPy's, like the first ones: arrays that live on a device are another
       # kind of argument, for which the program would be compiled again.
       rows = rows.replace(made=np.int32(made), ended=ended)
@@ -283,8 +428,8 @@ def _sizes(most: int, half: int, longest: int, n: int) -> tuple[int, int]:
 
 def _window(
   method: Method, params: Tree, state: State, room: int, pace: float | None
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """Which rows have ended, `[batch]`, and new tokens, up to `room` in all.
+) -> Iterator[tuple[np.ndarray, New]]:
+  """Which rows have ended, `[rows]`, and new tokens, up to `room` in all.
 
   The size of a block follows from the time the last one took. The first token
   is the one that reading the prompt has made.
@@ -296,13 +441,24 @@ def _window(
     state = _extend(method, params, state, np.int32(until))
     # Copies: the buffers themselves are given to the next call.
     filled, ended = int(state.filled), np.array(state.rows.ended)
-    new = np.array(state.out)[:, done:filled]
+    new = state.new.between(done, filled)
+    _check_scores(state)
     took, done = time.perf_counter() - began, filled
     if pace is not None:
       size = size * 2 if 2 * took < pace else max(1, size // 2)
     yield ended, new
     if ended.all():
       return
+
+
+def _check_scores(state: State) -> None:
+  """Raises where the model gave no numbers to choose by."""
+  broken = np.flatnonzero(np.array(state.broken))
+  if len(broken):
+    raise UserError(
+      f"the logits of row {broken[0]} are NaN: the parameters are damaged or "
+      "have diverged in training; load an earlier checkpoint"
+    )
 
 
 def rounded(n: int) -> int:

@@ -21,10 +21,10 @@ class Rows:
   """What the rows of a batch are, apart from their tokens.
 
   Attributes:
-    keys: randomness of each row, [batch].
+    keys: randomness of each row, [rows].
     made: number of new tokens so far, int32.
-    ended: rows that have ended, bool [batch].
-    eot: the token that ends a row; -1 for none, int32.
+    ended: rows that have ended, bool [rows].
+    eot: the tokens that end a row, int32 [some]; -1 for none.
   """
 
   keys: Array
@@ -40,7 +40,8 @@ class Prompts:
   Attributes:
     tokens: prompts, padded on the left, int32 [batch, seq].
     lengths: how many tokens of each row are its prompt, int32 [batch].
-    rows: keys and ends.
+    rows: keys and ends; several in a row for each prompt where it is to be
+      continued more than once.
   """
 
   tokens: np.ndarray
@@ -88,8 +89,9 @@ def check(
   n: int,
   key: Array | None,
   lengths: Any,
-  eot: int | None,
+  eot: int | Sequence[int] | None,
   slide: bool,
+  samples: int = 1,
 ) -> Prompts:
   """What the caller of `generate` gave, if it makes sense.
 
@@ -100,12 +102,15 @@ def check(
   lengths = _checked_lengths(lengths, *tokens.shape)
   if n < 0:
     raise UserError(f"max_new_tokens={n} is negative; use 0 or more")
+  if samples < 1:
+    raise UserError(f"samples={samples} of each prompt; use 1 or more")
   _check_room(model, int(lengths.max()), n, slide)
+  ends = [-1] if eot is None else np.atleast_1d(np.asarray(eot))
   rows = Rows(
-    keys=row_keys(key, len(tokens)),
+    keys=row_keys(key, len(tokens) * samples),
     made=np.int32(0),
-    ended=np.zeros(len(tokens), bool),
-    eot=np.int32(-1 if eot is None else eot),
+    ended=np.zeros(len(tokens) * samples, bool),
+    eot=np.array(ends, np.int32),
   )
   return Prompts(tokens, lengths, rows)
 

@@ -1,109 +1,33 @@
 """Samplers: from the logits of the next token to a token.
 
-A sampler is a frozen value with one method, `(logits [batch, vocab], key) ->
-tokens [batch]`. `Sample` draws from the softmax of its filters applied in
-order; a filter is a frozen value too, `(logits) -> logits`, and rules a token
-out by -inf. The sets that filters keep are those of the `LogitsWarper` of the
-same name in Hugging Face transformers.
+A sampler is a frozen value with one method, `(logits [batch, vocab], key,
+seen) -> tokens [batch]`. `Sample` draws from the softmax of its filters
+(`jaxlm.generate.filters`), applied in order.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
-from jaxlm.errors import UserError
+from jaxlm.generate.filters import Filter, Seen, Temperature, TopK, TopP
 
 Array = jax.Array
-Filter = Callable[[Array], Array]  # [batch, vocab] -> [batch, vocab], float32
-
-
-# --- Filters ----------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Temperature:
-  """softmax(logits / T): below 1 sharper, above 1 flatter than learned."""
-
-  value: float
-
-  def __post_init__(self):
-    if not 0 < self.value < math.inf:
-      raise UserError(
-        f"temperature={self.value} is not a positive number; for the likeliest "
-        "token every time use Greedy()"
-      )
-
-  def __call__(self, logits: Array) -> Array:
-    """Scaled logits."""
-    return logits / self.value
-
-
-@dataclass(frozen=True)
-class TopK:
-  """Keeps the `k` likeliest tokens, and those as likely as the last of them.
-
-  Fan et al., arXiv:1805.04833, section 5.1.
-  """
-
-  k: int
-
-  def __post_init__(self):
-    if not isinstance(self.k, int) or self.k < 1:
-      raise UserError(
-        f"top_k={self.k} keeps no token; use a whole number from 1, or None"
-      )
-
-  def __call__(self, logits: Array) -> Array:
-    """Logits, -inf where ruled out."""
-    k = min(self.k, logits.shape[-1])
-    last = jax.lax.top_k(logits, k)[0][:, -1:]
-    return jnp.where(logits < last, -jnp.inf, logits)
-
-
-@dataclass(frozen=True)
-class TopP:
-  """Keeps the smallest set of likeliest tokens whose mass is at least `p`.
-
-  The nucleus of Holtzman et al., arXiv:1904.09751, section 3.1. At least one
-  token stays. Of equally likely ones at the border those of higher id stay;
-  transformers leaves that to its sort.
-  """
-
-  p: float
-
-  def __post_init__(self):
-    if not 0 <= self.p <= 1:
-      raise UserError(
-        f"top_p={self.p} is no probability; use a number from 0 to 1, or None"
-      )
-
-  def __call__(self, logits: Array) -> Array:
-    """Logits, -inf where ruled out."""
-    rising = jnp.sort(logits, axis=-1)
-    below = jnp.cumsum(jax.nn.softmax(rising, axis=-1), axis=-1)
-    n_out = jnp.sum(below <= 1.0 - self.p, axis=-1, keepdims=True)
-    n_out = jnp.minimum(n_out, logits.shape[-1] - 1)
-    border = jnp.take_along_axis(rising, n_out, axis=-1)  # the least one kept
-    # Some tokens equal to the border may be among the n_out: the first ones.
-    tied = logits == border
-    spare = n_out - jnp.sum(logits < border, axis=-1, keepdims=True)
-    out = (logits < border) | (tied & (jnp.cumsum(tied, axis=-1) <= spare))
-    return jnp.where(out, -jnp.inf, logits)
-
-
-# --- Samplers ---------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Greedy:
-  """The likeliest token, the first of equals."""
+  """The likeliest token, the first of equals, after filters in their order."""
 
-  def __call__(self, logits: Array, key: Array) -> Array:
+  filters: tuple[Filter, ...] = ()
+
+  def __call__(
+    self, logits: Array, key: Array, seen: Seen | None = None
+  ) -> Array:
     """Tokens int32 [batch]; `key` is not used."""
     del key
+    logits = apply(self.filters, logits, seen)
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
@@ -137,14 +61,24 @@ class Sample:
     usual += () if top_p is None else (TopP(top_p),)
     object.__setattr__(self, "filters", usual + tuple(filters))
 
-  def __call__(self, logits: Array, key: Array) -> Array:
+  def __call__(
+    self, logits: Array, key: Array, seen: Seen | None = None
+  ) -> Array:
     """Tokens int32 [batch], rows independent of one another."""
-    for keep in self.filters:
-      logits = keep(logits)
+    logits = apply(self.filters, logits, seen)
     return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
 
 
-Sampler = Callable[[Array, Array], Array]
+Sampler = Callable[[Array, Array, Seen | None], Array]
+
+
+def apply(
+  filters: tuple[Filter, ...], logits: Array, seen: Seen | None = None
+) -> Array:
+  """The logits [batch, vocab] that are left by filters in their order."""
+  for keep in filters:
+    logits = keep(logits, seen)
+  return logits
 
 
 def make_sampler(
