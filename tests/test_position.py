@@ -147,6 +147,16 @@ def test_partial_rotation_equals_transformers(name, head, fraction, layout):
   np.testing.assert_array_equal(got[..., passed:], X[..., passed:head])
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_reverse_undoes_the_rotation(interleaved: bool):
+  """Turning by an angle and by its negative is the identity."""
+  forth = Rope(fraction=0.5, interleaved=interleaved)
+  back = dataclasses.replace(forth, reverse=True)
+  where = jnp.arange(X.shape[1])
+  assert not np.allclose(forth(X, where), X, atol=0.1)
+  np.testing.assert_allclose(back(forth(X, where), where), X, atol=1e-5)
+
+
 def test_alibi_slopes_equal_bloom():
   """For 1 to 40 heads, powers of two or not."""
   for heads in range(1, 41):

@@ -59,12 +59,15 @@ class Rope:
     fraction: share of the head's features that turn; the rest pass through.
     interleaved: pairs are neighbours (GPT-J, Llama's own files) instead of
       halves (GPT-NeoX, Hugging Face).
+    reverse: pairs turn the other way. What a model can learn is the same, but
+      weights learned one way are wrong the other.
   """
 
   theta: float = 10000.0
   scaling: Scaling | None = None
   fraction: float = 1.0
   interleaved: bool = False
+  reverse: bool = False
 
   def turned(self, head_dim: int) -> int:
     """How many of a head's features turn: the first `head_dim * fraction`.
@@ -107,7 +110,7 @@ class Rope:
     turned = _rotate(
       x[..., :dim].astype(jnp.float32),
       size * jnp.cos(angles),
-      size * jnp.sin(angles),
+      (-size if self.reverse else size) * jnp.sin(angles),
       self.interleaved,
     ).astype(x.dtype)
     if dim == x.shape[-1]:
