@@ -73,6 +73,8 @@ class Writer:
     n: how many tokens it adds to a text.
     key: its randomness; text number i has key `fold_in(key, i)`.
     compute: how it is run.
+    ends: tokens that end a text; the tokenizer's end of text, if not given.
+    start: tokens that every text begins with, unseen.
     made: how many tokens it has made.
     first: how many of those were the first of their text.
     first_seconds: how long the first ones took: they include reading the
@@ -87,24 +89,42 @@ class Writer:
   n: int
   key: jax.Array
   compute: Compute = decode.UNROLLED
+  ends: Sequence[int] | None = None
+  start: Sequence[int] = ()
   made: int = 0
   first: int = 0
   first_seconds: float = 0.0
   seconds: float = 0.0
 
+  def __post_init__(self):
+    if self.ends is None:
+      eot = self.tokenizer.eot
+      self.ends = () if eot is None else (eot,)
+
   def pieces(self, prompt: str, number: int = 0) -> Iterator[str]:
     """The prompt, then what follows, never in half characters."""
-    keys = jax.random.fold_in(self.key, number)[None]
-    tokens, text = self._tokens(prompt, keys), TextStream(self.tokenizer)
+    following = self.following(self._ids(prompt), number)
     yield prompt
-    for token in tokens:
-      yield text.push(self._shown(token))
-    yield text.flush()
+    yield from following
+
+  def following(self, ids: np.ndarray, number: int = 0) -> Iterator[str]:
+    """What follows tokens [seq], up to an end, never in half characters."""
+    keys = jax.random.fold_in(self.key, number)[None]
+    tokens, text = self._tokens(ids, keys), TextStream(self.tokenizer)
+
+    def pieces() -> Iterator[str]:
+      for (token,) in tokens:
+        if token in self.ends:
+          break
+        yield text.push(self._shown([token]))
+      yield text.flush()
+
+    return pieces()
 
   def texts(self, prompt: str, n: int) -> list[str]:
     """`n` texts, which are made side by side."""
     keys = row_keys(self.key, n)
-    found = [*self._tokens(prompt, keys)]
+    found = [*self._tokens(self._ids(prompt), keys)]
     rows = np.stack(found, axis=1) if found else np.zeros((n, 0), int)
     texts = [TextStream(self.tokenizer) for _ in rows]
     return [
@@ -123,10 +143,13 @@ class Writer:
       text += f", the others at {speed:,.0f} tokens/s"
     return text
 
-  def _tokens(self, prompt: str, keys: jax.Array) -> Iterator[np.ndarray]:
+  def _ids(self, prompt: str) -> np.ndarray:
+    """Tokens of a prompt, with what stands before it, int32 [seq]."""
+    ids = [*self.start, *self.tokenizer.encode(prompt)]
+    return np.array(ids if ids else self._nothing(), np.int32)
+
+  def _tokens(self, ids: np.ndarray, keys: jax.Array) -> Iterator[np.ndarray]:
     """New tokens [batch] of texts that begin alike, with the time they take."""
-    ids = self.tokenizer.encode(prompt)
-    ids = np.array(ids if len(ids) else self._start(), np.int32)
     found = decode.stream(
       self.model,
       self.params,
@@ -134,7 +157,7 @@ class Writer:
       self.n,
       self.sampler,
       keys,
-      eot=self.tokenizer.eot,
+      eot=next(iter(self.ends), None),
       slide=True,
       compute=self.compute,
     )
@@ -155,7 +178,7 @@ class Writer:
       yield token
       since = time.perf_counter()
 
-  def _start(self) -> Sequence[int]:
+  def _nothing(self) -> Sequence[int]:
     """What stands before a text that begins with nothing."""
     if self.tokenizer.eot is not None:
       return [self.tokenizer.eot]
@@ -164,7 +187,7 @@ class Writer:
     except UserError:  # characters, none of them a newline
       return [0]
 
-  def _shown(self, tokens: np.ndarray) -> list[int]:
+  def _shown(self, tokens: Iterable[int]) -> list[int]:
     """Tokens that have a text, up to the end of the row's."""
-    shown = itertools.takewhile(lambda t: t != self.tokenizer.eot, tokens)
+    shown = itertools.takewhile(lambda t: t not in self.ends, tokens)
     return [int(t) for t in shown if t < self.tokenizer.vocab_size]

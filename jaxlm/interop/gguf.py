@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.data.chat import ChatTemplate
@@ -24,10 +25,13 @@ from jaxlm.interop.gguf_file import Container, Tensor
 from jaxlm.interop.gguf_numbers import FREQS, read_rope
 from jaxlm.interop.gguf_tables import ARCHS, Arch, Line, matches
 from jaxlm.interop.gguf_write import write
+from jaxlm.models.decoder import Decoder
+from jaxlm.models.hub import find
 
+Tree = Any
 Config = Mapping[str, Any]  # a config.json
 
-__all__ = ["Gguf", "Tensors", "read", "write"]
+__all__ = ["Gguf", "Tensors", "load", "read", "write"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Gguf:
     ends: ids of the tokens that end a text or a turn.
     add_bos: whether plain text is to begin with `bos`.
     metadata: everything else the file says.
+    path: where it is.
   """
 
   config: dict[str, Any]
@@ -53,10 +58,46 @@ class Gguf:
   ends: tuple[int, ...]
   add_bos: bool
   metadata: dict[str, Any]
+  path: Path
+
+  def load(self) -> tuple[Decoder, Tree]:
+    """The model, and its parameters as NumPy arrays.
+
+    Raises:
+      UserError: if no family here is of this kind, or for a tensor that is
+        missing, left over or of another shape.
+    """
+    try:
+      hub = find(self.config)
+      model = hub.read(self.config)
+      extra = hub.names.extra(model, list(self.tensors))
+      if extra:
+        raise UserError(f"tensor {extra[0]!r} has no place in the model")
+      return model, hub.names.load(model, self.tensors)
+    except UserError as error:
+      raise UserError(f"{self.path}: {error}") from error
 
 
-def read(path: str | Path) -> Gguf:
+def load(path: str | Path, dtype: str = "float32") -> tuple[Decoder, Tree]:
+  """The model in a file, and its parameters as NumPy arrays.
+
+  Args:
+    path: the file.
+    dtype: of the parameters.
+
+  Raises:
+    UserError: as `read`, or for a tensor that is missing or of another shape.
+  """
+  return read(path, dtype).load()
+
+
+def read(path: str | Path, dtype: str | None = None) -> Gguf:
   """Reads a file; tensors stay where they are until asked for.
+
+  Args:
+    path: the file.
+    dtype: of its tensors; None means floats as they are stored, and float32
+      for quantised ones.
 
   Raises:
     UserError: if the file is damaged, or of an architecture, a tokenizer or a
@@ -65,7 +106,7 @@ def read(path: str | Path) -> Gguf:
   container = gguf_file.load(path)
   try:
     arch = _arch(container)
-    config, tensors = _translated(arch, container)
+    config, tensors = _translated(arch, container, dtype)
     vocab = gguf_tokenizer.read(container.metadata)
   except UserError as error:
     raise UserError(f"{path}: {error}") from error
@@ -83,15 +124,23 @@ def read(path: str | Path) -> Gguf:
     ends=vocab.ends,
     add_bos=vocab.add_bos,
     metadata=container.metadata,
+    path=Path(path),
   )
 
 
 class Tensors(Mapping[str, np.ndarray]):
   """The hub's tensors, each made from the file's when it is asked for."""
 
-  def __init__(self, arch: Arch, config: Config, found: dict[str, Tensor]):
+  def __init__(
+    self,
+    arch: Arch,
+    config: Config,
+    found: Mapping[str, Tensor],
+    dtype: str | None = None,
+  ):
     self._config = config
     self._found = found
+    self._dtype = dtype and jnp.dtype(dtype)
     self._places: dict[str, tuple[Line, tuple[str, ...], int, int | None]] = {}
     for line, names, layer in matches(arch, found, "file"):
       self._place(line, names[0], layer)
@@ -100,7 +149,8 @@ class Tensors(Mapping[str, np.ndarray]):
     """The tensor; KeyError if there is none."""
     line, files, part, expert = self._places[name]
     arrays = [self._found[f].array(expert) for f in files]
-    return line.layout.hub(arrays, self._config)[part]
+    x = line.layout.hub(arrays, self._config)[part]
+    return x if self._dtype is None else x.astype(self._dtype)
 
   def __contains__(self, name: object) -> bool:
     """Whether there is such a tensor; decodes nothing."""
@@ -142,7 +192,7 @@ def _arch(container: Container) -> Arch:
 
 
 def _translated(
-  arch: Arch, container: Container
+  arch: Arch, container: Container, dtype: str | None
 ) -> tuple[dict[str, Any], Tensors]:
   """The config of a file, and its tensors."""
   found = dict(container.tensors)
@@ -151,7 +201,7 @@ def _translated(
   if _same(found.get("output.weight"), found.get("token_embd.weight")):
     del found["output.weight"]  # some converters write the one table twice
   config["tie_word_embeddings"] = "output.weight" not in found
-  return config, Tensors(arch, config, found)
+  return config, Tensors(arch, config, found, dtype)
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
