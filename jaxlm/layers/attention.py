@@ -182,15 +182,15 @@ class Attention:
     at = At() if at is None else at
     q, k, v = self._project(p, x, at)
     if cache is None:
-      y, out = self._attend(p, q, k, v, at, at, compute), {}
+      y, out = self.weigh(p, q, k, v, at, at, compute), {}
       if compute.watch:
         top = largest_logits(q, k, self.mask, at, self.scale)
         out = {"max_logits": top}
     else:
       y, out = self._attend_cached(p, q, k, v, at, cache, compute)
-    return self._output(p, y, x.shape, compute), out
+    return self.output(p, y, x.shape, compute), out
 
-  def _output(
+  def output(
     self, p: dict[str, Any], y: Array, shape: tuple, compute: Compute
   ) -> Array:
     """Heads `[batch, seq, heads, head_dim]` back to the residual stream."""
@@ -251,8 +251,8 @@ class Attention:
       return norm(p, x)
     return norm(p, x.reshape(*x.shape[:2], -1)).reshape(x.shape)
 
-  def _attend(self, p, q, k, v, at: At, keys: At, compute: Compute) -> Array:
-    """`attend` with this layer's options."""
+  def weigh(self, p, q, k, v, at: At, keys: At, compute: Compute) -> Array:
+    """`attend` with this layer's options: heads, not yet projected."""
     return attend(
       q,
       k,
@@ -298,7 +298,7 @@ class Attention:
       k = jnp.concatenate([cache["k"].astype(k.dtype), k], axis=1)
       v = jnp.concatenate([cache["v"].astype(v.dtype), v], axis=1)
       positions = jnp.concatenate([cache["positions"], where], axis=1)
-    y = self._attend(
+    y = self.weigh(
       p,
       q,
       k.astype(q.dtype),

@@ -52,6 +52,8 @@ class Block:
     post_norm: after each of the two, before the sum (sandwich norm).
     parallel: both read the same norm and are added together (GPT-NeoX).
     dropout: rate on each branch before the sum.
+    norm_last: `norm` comes after each sum, not before each branch: the
+      transformer of 2017 (post-norm, arXiv:1706.03762).
   """
 
   mixer: Mixer
@@ -60,6 +62,7 @@ class Block:
   post_norm: Norm | None = None
   parallel: bool = False
   dropout: float = 0.0
+  norm_last: bool = False
 
   def params(self) -> dict[str, Any]:
     """`mixer`, `ffn`, and the norms before and after them."""
@@ -89,19 +92,37 @@ class Block:
     Without a cache the second value is a report: what mixer and feed-forward
     layer have to say of this batch, a dict of arrays.
     """
-    dtype = compute.jnp_dtype
-    h = self._before(p, "mixer", x).astype(dtype)
-    y, out = self.mixer(p["mixer"], h, at, cache, compute)
-    mixed = x + self._branch(p, "mixer", y, at, 0).astype(x.dtype)
-    h = self._before(p, "ffn", x if self.parallel else mixed).astype(dtype)
+    mixed, out = self._mix(p, "mixer", x, at, cache, compute, 0)
+    x, report = self._feed(p, x if self.parallel else mixed, mixed, at, compute)
+    return x, (out | report if cache is None else out)
+
+  def _mix(
+    self, p, name: str, x: Array, at: At, cache, compute: Compute, site: int
+  ) -> tuple[Array, dict[str, Array]]:
+    """Adds what the mixer of this name says; its cache or report."""
+    h = self._before(p, name, x).astype(compute.jnp_dtype)
+    y, out = getattr(self, name)(p[name], h, at, cache, compute)
+    return self._join(p, name, x, y, at, site), out
+
+  def _feed(
+    self, p, read: Array, x: Array, at: At, compute: Compute
+  ) -> tuple[Array, dict[str, Array]]:
+    """Adds to `x` what the feed-forward layer makes of `read`; its report."""
+    h = self._before(p, "ffn", read).astype(compute.jnp_dtype)
     key = None if at.key is None else jax.random.fold_in(at.key, 2)
     y, report = self.ffn(p["ffn"], h, compute, key)
-    x = mixed + self._branch(p, "ffn", y, at, 1).astype(x.dtype)
-    return x, (out | report if cache is None else out)
+    return self._join(p, "ffn", x, y, at, 1), report
 
   def _before(self, p, name: str, x: Array) -> Array:
     """What a branch reads: the stream, normalised where there is a norm."""
-    return x if self.norm is None else self.norm(p[name + "_norm"], x)
+    if self.norm is None or self.norm_last:
+      return x
+    return self.norm(p[name + "_norm"], x)
+
+  def _join(self, p, name: str, x: Array, y: Array, at: At, site: int) -> Array:
+    """The stream with a branch added to it."""
+    x = x + self._branch(p, name, y, at, site).astype(x.dtype)
+    return self.norm(p[name + "_norm"], x) if self.norm_last else x
 
   def _branch(self, p, name: str, y: Array, at: At, site: int) -> Array:
     """What is added to the residual stream: post-norm, then dropout."""
