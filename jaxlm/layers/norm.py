@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.layers.param import ONES, ZEROS, Param
+from jaxlm.layers.rounding import integers
 
 Array = jax.Array
 
@@ -121,6 +122,26 @@ class BatchNorm:
     return _affine(p, y).astype(x.dtype), state
 
 
+@dataclass(frozen=True)
+class Rounded:
+  """A norm whose result is rounded to integers times a scale for each token.
+
+  Every projection of BitNet (arXiv:2402.17764) reads the result of a norm, so
+  this is where its activations become 8-bit.
+  """
+
+  norm: RMSNorm
+  bits: int = 8
+
+  def params(self) -> dict[str, Param]:
+    """Those of the norm."""
+    return self.norm.params()
+
+  def __call__(self, p: dict[str, Any], x: Array) -> Array:
+    """Normalises and rounds `x` [..., dim]; dtype and shape as of `x`."""
+    return integers(self.norm(p, x), self.bits)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _standardise(x: Array, eps: float, center: bool) -> Array:
   """(x - mean) / sqrt(mean of squares + eps) over the last axis, float32.
@@ -169,4 +190,4 @@ def soft_cap(y: Array, cap: float) -> Array:
   return cap * jnp.tanh(y / cap)
 
 
-Norm = LayerNorm | RMSNorm
+Norm = LayerNorm | RMSNorm | Rounded

@@ -44,7 +44,7 @@ def decoder(
   softcap: float | None = 15.0,
   dropout: float = 0.0,
 ) -> Decoder:
-  """nanochat at any size; the defaults are d20, the "$100 model"."""
+  """Any size of nanochat; the defaults are d20, the "$100 model"."""
   norm = RMSNorm(dim, eps, scale=False)
   width = head_dim or dim // heads
   block = Block(
