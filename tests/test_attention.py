@@ -428,7 +428,7 @@ def written(length: int, *chunks: list[int]) -> np.ndarray:
   for chunk in chunks:
     where = jnp.array([chunk], jnp.int32)
     values = where.astype(jnp.float32)[..., None, None]
-    cache = kv.write(cache, values, 10 * values, where)
+    cache = kv.write(cache, {"k": values, "v": 10 * values}, where)
   kept = np.asarray(cache["positions"][0])
   for name, times in (("k", 1), ("v", 10)):
     np.testing.assert_array_equal(

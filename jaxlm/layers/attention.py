@@ -279,35 +279,13 @@ class Attention:
     return self.position(at.table, *where)
 
   def _attend_cached(self, p, q, k, v, at: At, cache, compute: Compute):
-    """Attends to the cache and the new tokens; returns output and cache.
-
-    A cache that holds all a chunk can see is written first and read once. A
-    ring shorter than that would lose keys its own chunk still needs, so the
-    chunk is read beside the old ring, and then written.
-    """
-    b, t = q.shape[:2]
-    where = at.positions
-    if where is None:
-      where = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
-      at = at.replace(positions=where)
-    reach, length = self.mask.reach, cache["k"].shape[1]
-    new = kv.write(cache, k, v, where)
-    if t == 1 or (reach is None and t <= length):
-      k, v, positions = new["k"], new["v"], new["positions"]
-    else:
-      k = jnp.concatenate([cache["k"].astype(k.dtype), k], axis=1)
-      v = jnp.concatenate([cache["v"].astype(v.dtype), v], axis=1)
-      positions = jnp.concatenate([cache["positions"], where], axis=1)
-    y = self.weigh(
-      p,
-      q,
-      k.astype(q.dtype),
-      v.astype(q.dtype),
-      at,
-      At(positions=positions),
-      compute,
-    )
-    return y, new
+    """Attends to the cache and the new tokens; returns output and cache."""
+    where = jnp.broadcast_to(_where(q, at), q.shape[:2])
+    at = at.replace(positions=where)
+    seen, new = kv.extend(cache, {"k": k, "v": v}, where, self.mask.reach)
+    k, v = seen["k"].astype(q.dtype), seen["v"].astype(q.dtype)
+    keys = At(positions=seen["positions"])
+    return self.weigh(p, q, k, v, at, keys, compute), new
 
 
 def _where(x: Array, at: At) -> Array:

@@ -24,10 +24,21 @@ def kv_cache(
   return {
     "k": Param((batch, length, heads, key_dim), axes, 0, ZEROS),
     "v": Param((batch, length, heads, value_dim), axes, 0, ZEROS),
-    "positions": Param(
-      (batch, length), ("batch", None), 0, Constant(-1), jnp.int32
-    ),
+    "positions": _positions(batch, length),
   }
+
+
+def latent_cache(batch: int, length: int, width: int) -> dict[str, Param]:
+  """Declares `latent` `[batch, length, width]`, one for all heads."""
+  return {
+    "latent": Param((batch, length, width), ("batch", None, None), 0, ZEROS),
+    "positions": _positions(batch, length),
+  }
+
+
+def _positions(batch: int, length: int) -> Param:
+  """Where the key of each slot stands; negative marks an empty slot."""
+  return Param((batch, length), ("batch", None), 0, Constant(-1), jnp.int32)
 
 
 def empty(tree: Any, dtype: Any = jnp.float32) -> Any:
@@ -40,24 +51,54 @@ def empty(tree: Any, dtype: Any = jnp.float32) -> Any:
 
 
 def write(
-  cache: dict[str, Array], k: Array, v: Array, positions: Array
+  cache: dict[str, Array], new: dict[str, Array], positions: Array
 ) -> dict[str, Array]:
-  """Puts keys and values `[batch, seq, heads, dim]` at their positions.
+  """Puts arrays `[batch, seq, ...]` at their positions `[batch, seq]`.
 
   Of a chunk longer than the cache only the last `length` positions are kept:
   the slots of the others would be written twice, in no defined order.
   """
-  length = cache["k"].shape[1]
+  length = cache["positions"].shape[1]
   last = jnp.max(positions, axis=1, keepdims=True)
   kept = (positions >= 0) & (positions > last - length)
   slots = jnp.where(kept, positions % length, length)
-  rows = jnp.arange(k.shape[0])[:, None]
+  rows = jnp.arange(positions.shape[0])[:, None]
 
-  def put(old: Array, new: Array) -> Array:
-    return old.at[rows, slots].set(new.astype(old.dtype), mode="drop")
+  def put(old: Array, x: Array) -> Array:
+    return old.at[rows, slots].set(x.astype(old.dtype), mode="drop")
 
-  return {
-    "k": put(cache["k"], k),
-    "v": put(cache["v"], v),
-    "positions": put(cache["positions"], positions),
+  new = new | {"positions": positions}
+  return {name: put(cache[name], x) for name, x in new.items()}
+
+
+def extend(
+  cache: dict[str, Array],
+  new: dict[str, Array],
+  positions: Array,
+  reach: int | None,
+) -> tuple[dict[str, Array], dict[str, Array]]:
+  """Adds tokens, and says what they may read.
+
+  A cache that holds all a chunk can see is written first and read once. A
+  ring shorter than that would lose keys its own chunk still needs, so the
+  chunk is read beside the old ring.
+
+  Args:
+    cache: what is remembered.
+    new: arrays `[batch, seq, ...]` of the new tokens.
+    positions: theirs, `[batch, seq]`.
+    reach: of the mask.
+
+  Returns:
+    The arrays to read, `positions` with them, and the new cache.
+  """
+  t, length = positions.shape[1], cache["positions"].shape[1]
+  written = write(cache, new, positions)
+  if t == 1 or (reach is None and t <= length):
+    return written, written
+  new = new | {"positions": positions}
+  beside = {
+    name: jnp.concatenate([cache[name].astype(x.dtype), x], axis=1)
+    for name, x in new.items()
   }
+  return beside, written
