@@ -26,9 +26,9 @@ _HOMES = {
   "Sample": "jaxlm.generate.samplers",
   "UserError": "jaxlm.errors",
   "forward": "jaxlm.models.decoder",
-  "load": "jaxlm.workdir",
-  "load_tokenizer": "jaxlm.workdir",
-  "save": "jaxlm.workdir",
+  "load": "jaxlm.interop.load",
+  "load_tokenizer": "jaxlm.interop.load",
+  "save": "jaxlm.interop.save",
   "stream": "jaxlm.generate.decode",
 }
 

@@ -144,6 +144,17 @@ class Checkpoints:
     steps = [s for s in self.steps() if s in known and s not in self._damaged]
     return min(steps, key=lambda s: (known[s], s), default=None)
 
+  def shapes(self, step: int | None = None) -> arrays.Shapes:
+    """What a checkpoint (None: the newest) has: {name: [shape, dtype]}.
+
+    Empty where there is none, or its manifest is damaged; `restore` explains.
+    """
+    step = self.latest() if step is None else step
+    try:
+      return files.read_manifest(self.directory / str(step))["leaves"]
+    except (OSError, ValueError, KeyError):
+      return {}
+
   # --- Saving ----------------------------------------------------------------
 
   def save(

@@ -4,21 +4,26 @@
     tokenizer.json (or .model)  the tokenizer
     checkpoints/                the parameters, one folder for each saved step
 
-`jaxlm.train` writes such a directory with a config, `save` one with a value;
-`load` reads both.
+`jaxlm.train` writes such a directory with a config, `save` one with a value,
+and a run that began with a loaded model has both; `load` reads all three.
 """
 
 from pathlib import Path
 from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jaxlm import arrays, config, files, values
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.data.tokenizers import load as _load_tokenizer
 from jaxlm.errors import UserError
-from jaxlm.layers.param import abstract, paths
+from jaxlm.layers.param import abstract, path_name, paths
 from jaxlm.models.build import build
 from jaxlm.models.decoder import Decoder
+from jaxlm.parallel.rules import Rules
 
 Tree = Any
 
@@ -27,28 +32,55 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def load(
-  path: str | Path, dtype: str = "float32", which: str | int = "latest"
+  path: str | Path,
+  dtype: str | None = "float32",
+  which: str | int = "latest",
+  mesh: Mesh | None = None,
+  rules: Rules | None = None,
 ) -> tuple[Decoder, Tree]:
-  """The model in a workdir, and its parameters on the first device.
+  """The model in a workdir, and its parameters.
 
   Where the run kept a mean of the weights (`config.ema`), that is what comes.
 
   Args:
     path: the workdir.
-    dtype: of the parameters: 'float32', 'bfloat16' or 'float16'.
+    dtype: of the parameters: 'float32', 'bfloat16' or 'float16'; None means as
+      they were saved.
     which: 'latest', 'best' (the lowest validation loss), or a step.
+    mesh: the devices they are spread over; None means the first device.
+    rules: where on the mesh each lies; None means all of it on every device.
 
   Raises:
     UserError: if there is no such run or checkpoint, or it is damaged.
   """
-  if dtype not in _DTYPES:
-    raise UserError(f"dtype={dtype!r} is unknown; use {', '.join(_DTYPES)}")
+  check_dtype(dtype)
   path, model = Path(path), load_model(path)
   checkpoints = Checkpoints(path / "checkpoints", best=BEST, read_only=True)
   name = "ema" if _keeps_mean(path) else "params"
-  like = {name: abstract(model.params(), dtype)}
+  like = abstract(model.params(), dtype or "float32", mesh, rules or Rules())
   step = _step(checkpoints, which)
-  return model, checkpoints.restore(like, step, part=True).state[name]
+  if dtype is None:
+    like = _as_saved(checkpoints, step, name, like)
+  return model, checkpoints.restore({name: like}, step, part=True).state[name]
+
+
+def check_dtype(dtype: str | None) -> None:
+  """Raises UserError unless parameters can have this dtype; None is any."""
+  if dtype is not None and dtype not in _DTYPES:
+    raise UserError(f"dtype={dtype!r} is unknown; use {', '.join(_DTYPES)}")
+
+
+def _as_saved(
+  checkpoints: Checkpoints, step: int | None, name: str, like: Tree
+) -> Tree:
+  """`like` in the dtypes of a checkpoint, where it has the leaves."""
+  saved = checkpoints.shapes(step)
+
+  def one(path: tuple, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    _, dtype = saved.get(f"{name}/{path_name(path)}", (None, x.dtype))
+    return jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=x.sharding)
+
+  return jax.tree_util.tree_map_with_path(one, like)
 
 
 def load_model(path: str | Path) -> Decoder:
@@ -105,7 +137,7 @@ def save(
       holds something else already, or cannot be written.
   """
   path = Path(path)
-  _check_params(model, params)
+  check_params(model, params)
   text = values.to_json(model)
   if (path / "config.json").exists():
     raise UserError(
@@ -124,8 +156,8 @@ def save(
     checkpoints.save(step, {"params": params})
 
 
-def _check_params(model: Decoder, params: Tree) -> None:
-  """Raises unless names and shapes are those of the model."""
+def check_params(model: Decoder, params: Tree) -> None:
+  """Raises UserError unless names and shapes are those of the model."""
   have = {name: x.shape for name, x in arrays.named(params).items()}
   want = {name: p.shape for name, p in paths(model.params()).items()}
   for name in [*want, *have]:
@@ -138,8 +170,8 @@ def _check_params(model: Decoder, params: Tree) -> None:
 
 def _keeps_mean(path: Path) -> bool:
   """Whether the run in a workdir keeps a mean of its weights."""
-  if (path / "model.json").exists():
-    return False
+  if not (path / "config.json").exists():
+    return False  # written by `save`
   return config.read(path).ema > 0
 
 

@@ -1,6 +1,6 @@
 """What a tokenizer is, and what can be done with any of them.
 
-`jaxlm.data.tokenizers` has the four kinds. Special tokens such as
+`jaxlm.data.tokenizers` has the kinds. Special tokens such as
 <|endoftext|> have ids of their own that text cannot reach: `encode` spells
 them out like any other text unless the caller allows them by name, so a user
 cannot end a document or a turn.
@@ -8,8 +8,9 @@ cannot end a document or a turn.
 
 import codecs
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
@@ -19,6 +20,11 @@ from jaxlm.errors import UserError
 EOT = "<|endoftext|>"
 _ENDS = (EOT, "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>")
 
+# Files of a published model that belong to its tokenizer.
+TEMPLATE = "chat_template.jinja"
+BESIDE = (TEMPLATE, "tokenizer_config.json", "generation_config.json")
+BESIDE += ("special_tokens_map.json", "added_tokens.json")
+
 
 class Tokenizer:
   """What every tokenizer offers; the subclasses fill in four hooks.
@@ -26,10 +32,13 @@ class Tokenizer:
   Attributes:
     vocab_size: ids are 0 .. vocab_size - 1.
     specials: id of every special token, by its name.
+    beside: files that were published with it (a chat template, ...), by name;
+      they travel with it and change no id.
   """
 
   vocab_size: int
   specials: dict[str, int]
+  beside: Mapping[str, bytes] = MappingProxyType({})
 
   @property
   def eot(self) -> int | None:
@@ -85,18 +94,19 @@ class Tokenizer:
     return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
   def fingerprint(self) -> str:
-    """A hash of all that `save` writes: equal tokenizers, equal ids."""
+    """A hash of all that decides its ids: equal tokenizers, equal ids."""
     return digest(*(x for pair in self._files().items() for x in pair))
 
   def save(self, folder: str | Path) -> None:
     """Writes the file that `load` reads back, whole or not at all.
 
-    It is tokenizer.model for SentencePiece and tokenizer.json for the others.
+    It is tokenizer.model for SentencePiece and tokenizer.json for the others;
+    what is `beside` it comes along.
 
     Raises:
       UserError: if the folder cannot be written or the disk is full.
     """
-    for name, content in self._files().items():
+    for name, content in (*self.beside.items(), *self._files().items()):
       try:
         write_whole(Path(folder) / name, content)
       except OSError as error:

@@ -1,9 +1,10 @@
-"""Four ways between text and token ids.
+"""Five ways between text and token ids.
 
     Bytes           the 256 bytes of UTF-8; nothing to train, encodes anything
     Chars           the characters of one corpus, as in char-rnn and nanoGPT
     ByteBPE         byte-level BPE of Hugging Face `tokenizers`
     SentencePiece   unigram or BPE pieces with byte fallback
+    Pieces          the same in a tokenizer.json (in pieces.py; read only)
 
 Those made here are lossless: `decode(encode(text)) == text` for every string
 (Chars: of its own alphabet). A vocabulary from elsewhere is as lossless as its
@@ -18,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxlm.data.tokenizer import EOT, Tokenizer, utf8
+from jaxlm.data.pieces import Pieces, read_json
+from jaxlm.data.tokenizer import BESIDE, EOT, Tokenizer, utf8
 from jaxlm.errors import UserError
 
 
@@ -97,27 +99,14 @@ class Chars(Tokenizer):
 class ByteBPE(Tokenizer):
   """Byte-level BPE, in the `tokenizer.json` format of Hugging Face.
 
-  Special tokens are matched by `encode` above and never by the library, which
-  would recognise them in any text.
+  Its alphabet is the 256 bytes, so it encodes any text.
   """
 
   def __init__(self, content: str):
     """`content` is the text of a tokenizer.json; see `train` and `load`."""
-    import tokenizers
-
-    try:
-      self._hf = tokenizers.Tokenizer.from_str(content)
-      form = json.loads(content)
-    except Exception as error:  # the library raises bare Exception
-      raise UserError(f"not a usable tokenizer.json: {error}") from error
+    self._hf, form = read_json(content)
     if form["model"].get("type") != "BPE" or "ByteLevel" not in content:
-      raise UserError(
-        "this tokenizer.json is not a byte-level BPE, the one kind that is "
-        "read here; for a SentencePiece vocabulary give its tokenizer.model"
-      )
-    self._hf.no_padding()
-    self._hf.no_truncation()
-    self._hf.encode_special_tokens = True
+      raise UserError("this tokenizer.json is not a byte-level BPE")
     added = form.get("added_tokens") or []
     self.specials = {a["content"]: a["id"] for a in added if a["special"]}
     vocab = self._hf.get_vocab(with_added_tokens=True)
@@ -300,8 +289,9 @@ def load(path: str | Path) -> Tokenizer:
   """Reads a tokenizer from a file, or from the folder that `save` wrote to.
 
   Args:
-    path: a Hugging Face tokenizer.json (byte-level BPE), a SentencePiece
-      .model, or a folder with tokenizer.json or tokenizer.model in it.
+    path: a Hugging Face tokenizer.json, a SentencePiece .model, or a folder
+      with tokenizer.json or tokenizer.model in it; what lies beside it there
+      is kept in `beside`.
 
   Raises:
     UserError: if there is none, or it is of a kind that is not supported.
@@ -312,7 +302,13 @@ def load(path: str | Path) -> Tokenizer:
     found = [path / name for name in names if (path / name).is_file()]
     if not found:
       raise UserError(f"no tokenizer.json or tokenizer.model in {path}")
-    path = found[0]
+    tokenizer = load(found[0])
+    tokenizer.beside = {
+      name: (path / name).read_bytes()
+      for name in BESIDE
+      if (path / name).is_file()
+    }
+    return tokenizer
   try:
     content = path.read_bytes()
   except OSError as error:
@@ -330,7 +326,8 @@ def load(path: str | Path) -> Tokenizer:
     return Bytes(form["specials"])
   if kind == "chars":
     return Chars(form["alphabet"], form["specials"])
-  return ByteBPE(content.decode("utf-8"))
+  made = ByteBPE if b'"ByteLevel"' in content else Pieces
+  return made(content.decode("utf-8"))
 
 
 def _code_points(text: str) -> np.ndarray:

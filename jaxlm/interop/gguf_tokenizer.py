@@ -353,5 +353,5 @@ def _saved(tokenizer: Tokenizer) -> bytes:
   """The one file that a tokenizer is saved as."""
   with tempfile.TemporaryDirectory() as folder:
     tokenizer.save(folder)
-    (path,) = Path(folder).iterdir()
+    (path,) = Path(folder).glob("tokenizer.*")  # not what is beside it
     return path.read_bytes()

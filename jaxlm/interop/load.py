@@ -1,0 +1,113 @@
+"""`jaxlm.load`: a model and its parameters, from whoever keeps them.
+
+    model, params = load("runs/tiny")                 # a run of ours
+    model, params = load("Llama-3.2-1B", "bfloat16")  # a directory of the hub
+    model, params = load("model.gguf", mesh=mesh, rules=preset("fsdp"))
+
+Tensors are read one by one and each goes at once to the devices that keep it,
+in the dtype it will have there; on the host there is never more than one
+besides what is kept.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from jaxlm import workdir
+from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.errors import UserError
+from jaxlm.interop import source
+from jaxlm.interop.place import Leaf
+from jaxlm.interop.source import Source
+from jaxlm.layers.param import map_params, path_name, paths, shardings
+from jaxlm.models.decoder import Decoder
+from jaxlm.parallel.rules import Rules
+
+Tree = Any
+
+
+def load(
+  path: str | Path,
+  dtype: str | None = "float32",
+  mesh: Mesh | None = None,
+  rules: Rules | None = None,
+  which: str | int = "latest",
+) -> tuple[Decoder, Tree]:
+  """The model at a path, and its parameters on the devices.
+
+  Args:
+    path: a run of ours or what `save` wrote, a Hugging Face directory
+      (config.json and safetensors), or a GGUF file.
+    dtype: of all parameters: 'float32', 'bfloat16' or 'float16'; None means
+      as they are stored (float32 where they are quantised). Layers still use
+      norm scales and routers in float32.
+    mesh: the devices they are spread over; None means the first device.
+    rules: where on the mesh each lies (its *stored* table); None means all of
+      it on every device.
+    which: of a run: 'latest', 'best' (the lowest validation loss), or a step.
+
+  Raises:
+    UserError: if there is nothing to read at the path, or it is damaged, of an
+      unknown family, or does not fit together. Nothing is half loaded.
+  """
+  workdir.check_dtype(dtype)
+  path = Path(path)
+  if not _is_foreign(path):
+    return workdir.load(path, dtype, which, mesh, rules)
+  if which != "latest":
+    raise UserError(f"{path} is no run, so which={which!r} has no meaning")
+  found = source.open(path)
+  return found.model, _params(found, dtype, mesh, rules)
+
+
+def load_model(path: str | Path) -> Decoder:
+  """The model at a path, without its parameters; else as `load`."""
+  path = Path(path)
+  if not _is_foreign(path):
+    return workdir.load_model(path)
+  return source.open(path).model
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+  """The tokenizer of the model at a path.
+
+  Its `beside` has the chat template and whatever else is published with it.
+
+  Raises:
+    UserError: if there is none, or it has tokens that the model has not.
+  """
+  path = Path(path)
+  if not _is_foreign(path):
+    return workdir.load_tokenizer(path)
+  return source.open(path).tokenizer()
+
+
+def _is_foreign(path: Path) -> bool:
+  """Whether it is for `source` to read, or to say what is wrong with it."""
+  return path.is_file() or (path.is_dir() and source.is_hub(path))
+
+
+def _params(
+  found: Source, dtype: str | None, mesh: Mesh | None, rules: Rules | None
+) -> Tree:
+  """Every parameter, read, cast and placed."""
+  tree = found.model.params()
+  if mesh is None:
+    here = SingleDeviceSharding(jax.local_devices()[0])
+    places = map_params(lambda _: here, tree)
+  else:
+    places = shardings(tree, mesh, rules or Rules())
+  entries = found.check()
+  leaves = map_params(
+    lambda p, place: Leaf(p.shape, place, dtype), tree, places
+  )
+  named = paths(leaves)
+  for entry in entries:
+    parts = entry.split(found.read(entry))
+    for name, part in zip(entry.ours, parts, strict=True):
+      named[name].write(entry.index, part)
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: named.pop(path_name(path)).array(), leaves
+  )
