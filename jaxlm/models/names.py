@@ -104,17 +104,15 @@ Layout = Joined | Interleaved
 
 
 def _flat(p: Param) -> tuple[int, ...]:
-  """`(stacked..., in, out)` of a matrix, `(stacked..., size)` of a vector."""
-  stacked = p.shape[: p.n_stacked]
+  """`(stacked..., in, out)` of a matrix, `(stacked..., size)` of a vector.
+
+  A vector with a number for each expert is no stack.
+  """
+  stacked = p.shape[: min(p.n_stacked, len(p.shape) - 1)]
   size = p.size // int(np.prod(stacked, dtype=int))
-  return (
-    (*stacked, p.fan_in, size // p.fan_in)
-    if p.is_matrix
-    else (
-      *stacked,
-      size,
-    )
-  )
+  if p.is_matrix:
+    return (*stacked, p.fan_in, size // p.fan_in)
+  return (*stacked, size)
 
 
 def _turns(p: Param) -> int:
