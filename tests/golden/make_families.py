@@ -37,10 +37,13 @@ SEQ = 26
 
 
 def build(config: dict) -> torch.nn.Module:
-  """A model of transformers, with attention written out."""
+  """A model of transformers, with attention and experts written out."""
   made = AutoConfig.for_model(**config)
   return AutoModelForCausalLM.from_config(
-    made, attn_implementation="eager", dtype=torch.float32
+    made,
+    attn_implementation="eager",
+    experts_implementation="eager",
+    dtype=torch.float32,
   )
 
 
