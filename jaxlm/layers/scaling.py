@@ -113,7 +113,8 @@ class Llama3:
     """Scaled frequencies [dim / 2]."""
     del theta, positions
     turns = self.original * freq / (2 * math.pi)  # in the original context
-    keep = np.clip((turns - self.low) / (self.high - self.low), 0.0, 1.0)
+    ramp = max(self.high - self.low, 1e-9)  # Llama 4: no ramp but a step
+    keep = np.clip((turns - self.low) / ramp, 0.0, 1.0)
     return freq * (keep + (1.0 - keep) / self.factor)
 
 
