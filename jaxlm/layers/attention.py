@@ -262,7 +262,7 @@ class Attention:
       keys,
       scale=self.scale,
       softcap=self.softcap,
-      sinks=p["sinks"] if self.sinks else None,
+      sinks=p["sinks"].astype(jnp.float32) if self.sinks else None,
       alibi=self.position if isinstance(self.position, Alibi) else None,
       bias=self._bias(q, k, at, keys),
       compute=compute,

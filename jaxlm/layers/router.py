@@ -199,7 +199,7 @@ class TopK:
     x = x.astype(jnp.float32)
     y = dot(x, p["w"], "btd,de->bte")
     if self.bias:
-      y = y + p["bias"][None, None]
+      y = y + p["bias"].astype(y.dtype)[None, None]
     if self.noise and noise is not None:
       y = y + noise * jax.nn.softplus(dot(x, p["noise"], "btd,de->bte"))
     return y
@@ -217,7 +217,8 @@ class TopK:
     scores = self.score(logits)
     judged = jax.lax.stop_gradient(scores)
     if correction is not None:
-      judged = judged + jax.lax.stop_gradient(correction).reshape(
+      moved = jax.lax.stop_gradient(correction).astype(judged.dtype)
+      judged = judged + moved.reshape(
         (1,) * (judged.ndim - 1) + correction.shape
       )
     if self.groups is not None:
