@@ -47,12 +47,16 @@ def build(config: dict) -> torch.nn.Module:
   )
 
 
+def learned(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+  """Its parameters; corrections of routers are buffers. No masks."""
+  buffers = [(k, b) for k, b in model.named_buffers() if "bias" in k]
+  every = [*model.named_parameters(), *buffers]
+  return [(name, p) for name, p in every if p.dtype is torch.float32]
+
+
 def perturb(model: torch.nn.Module) -> None:
   """Random weights, float16 at heart; scales around one, all others zero."""
-  buffers = [(k, b) for k, b in model.named_buffers() if "bias" in k]
-  for _, p in [*model.named_parameters(), *buffers]:
-    if p.dtype is not torch.float32:
-      continue  # a mask
+  for _, p in learned(model):
     start = float((p == 1.0).all())  # a scale, unless it is stored as 1 + p
     noise = torch.randn(p.shape) * 0.25
     p.data = (noise + start).half().float()
@@ -122,7 +126,7 @@ def count(model: torch.nn.Module) -> dict[str, int]:
     or getattr(config, "num_experts", None)
   )
   total = idle = 0
-  for name, p in model.named_parameters():
+  for name, p in learned(model):
     total += p.numel()
     if ".experts." in name:
       idle += p.numel() * (experts - config.num_experts_per_tok) // experts
