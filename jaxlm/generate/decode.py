@@ -24,16 +24,14 @@ from jaxlm.errors import UserError
 from jaxlm.generate.filters import Seen
 from jaxlm.generate.prompts import Prompts, Rows, check
 from jaxlm.generate.samplers import Greedy, Sampler
-from jaxlm.layers.attend import At
-from jaxlm.layers.cache import empty
+from jaxlm.generate.step import UNROLLED, prefill, step, take
 from jaxlm.layers.compute import Compute
 from jaxlm.layers.param import map_params
-from jaxlm.models.decoder import Decoder, hidden, layers_apart, logits
+from jaxlm.models.decoder import Decoder, layers_apart, logits
 
 Array = jax.Array
 Tree = Any
 
-UNROLLED = Compute(unroll=True)
 GREEDY = Greedy()
 
 
@@ -242,36 +240,24 @@ def _begin(
   rows: Rows,
 ) -> State:
   """Reads prompts `[batch, seq]` into a cache of `length`; one new token."""
-  model, compute = method.model, method.compute
   batch, seq = tokens.shape
-  cache = empty(model.cache(batch, length), compute.jnp_dtype)
-  if compute.unroll:
-    cache = layers_apart(model, cache)
-  # Padding stands at negative positions: it is never written and never seen.
-  positions = jnp.arange(seq, dtype=jnp.int32)[None] + lengths[:, None] - seq
-  at = At(positions=positions)
-  x, cache = hidden(model, params, tokens, at, cache, compute)
-
-  def wider(leaf: Array, axis: int = 0) -> Array:
-    return leaf if samples == 1 else jnp.repeat(leaf, samples, axis)
-
-  axis = 0 if compute.unroll else 1  # that of the rows, behind the layers
-  text = jnp.where(positions >= 0, tokens, -1)
+  x, cache = prefill(
+    method.model, params, tokens, lengths, length, method.compute
+  )
+  who = jnp.repeat(jnp.arange(batch, dtype=jnp.int32), samples)
+  here = jnp.arange(seq, dtype=jnp.int32)[None] >= seq - lengths[:, None]
   room = jnp.full((batch, length), -1, jnp.int32)
+  text = jnp.concatenate([jnp.where(here, tokens, -1), room], axis=1)
   state = State(
     rows=rows,
-    cache=jax.tree.map(lambda leaf: wider(leaf, axis), cache),
-    position=wider(lengths - 1),
-    seen=Seen(
-      tokens=wider(jnp.concatenate([text, room], axis=1)),
-      start=jnp.maximum(seq - rows.made, 0),
-      end=jnp.int32(seq),
-    ),
+    cache=cache if samples == 1 else take(cache, who, method.compute),
+    position=lengths[who] - 1,
+    seen=Seen(text[who], jnp.maximum(seq - rows.made, 0), jnp.int32(seq)),
     new=_no_tokens(method, batch * samples, length, rows.eot[0]),
     filled=jnp.int32(0),
     broken=jnp.zeros(batch * samples, bool),
   )
-  return _choose(method, params, state, wider(x[:, -1:]))
+  return _choose(method, params, state, x[who])
 
 
 def _no_tokens(method: Method, rows: int, room: int, eot: Array) -> New:
@@ -295,22 +281,26 @@ def _extend(method: Method, params: Tree, state: State, until: Array) -> State:
   def go_on(state: State) -> Array:
     return (state.filled < until) & ~jnp.all(state.rows.ended)
 
-  def step(state: State) -> State:
+  def advance(state: State) -> State:
     last = jax.lax.dynamic_slice_in_dim(
       state.seen.tokens, state.seen.end - 1, 1, axis=1
     )
     return _advance(method, params, state, last)
 
-  return jax.lax.while_loop(go_on, step, state)
+  return jax.lax.while_loop(go_on, advance, state)
 
 
 def _advance(
   method: Method, params: Tree, state: State, tokens: Array
 ) -> State:
   """Reads the last token of each row, `[rows, 1]`, and chooses the next."""
-  at = At(positions=state.position[:, None])
-  x, cache = hidden(
-    method.model, params, tokens, at, state.cache, method.compute
+  x, cache = step(
+    method.model,
+    params,
+    tokens,
+    state.position,
+    state.cache,
+    method.compute,
   )
   return _choose(method, params, state.replace(cache=cache), x)
 
