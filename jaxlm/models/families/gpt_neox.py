@@ -138,7 +138,9 @@ _ACTS = {
 
 def read(config: Config) -> Decoder:
   """A config.json of `model_type` gpt_neox."""
-  config = {"hidden_act": "gelu", "max_position_embeddings": 2048} | config
+  defaults = {"hidden_act": "gelu", "max_position_embeddings": 2048}
+  defaults |= {"rotary_emb_base": 10000.0, "rotary_pct": 0.25}
+  config = defaults | dict(config)
   given = sizes(config, "kv_heads", "head_dim", "eps")
   expect(
     config,
@@ -146,11 +148,11 @@ def read(config: Config) -> Decoder:
     head_dim=given["dim"] // given["heads"],
     num_key_value_heads=given["heads"],
   )
-  base = {
-    "rope_theta": config.get("rotary_emb_base"),
-    "partial_rotary_factor": config.get("rotary_pct", 0.25),
+  older = {
+    "rope_theta": config["rotary_emb_base"],
+    "partial_rotary_factor": config["rotary_pct"],
   }
-  rope = read_rope(base | config)
+  rope = read_rope(older | config)
   return decoder(
     **given,
     theta=rope.theta,

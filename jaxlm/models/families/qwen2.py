@@ -49,7 +49,16 @@ def decoder(
   """Qwen 2 at any size; the defaults are the 7B model of 2 and 2.5.
 
   `windows` says of each layer how far it looks back, None for everything.
+
+  Raises:
+    UserError: if `windows` does not have one entry for each layer.
   """
+  windows = [None] * layers if windows is None else windows
+  if len(windows) != layers:
+    raise UserError(
+      f"windows (layer_types) has {len(windows)} entries for {layers} layers; "
+      "give one for each"
+    )
   norm, init = RMSNorm(dim, eps), Normal(0.02)
   mixer = Attention(
     dim,
@@ -62,7 +71,7 @@ def decoder(
     out_init=init,
   )
   ffn = GLU(dim, mlp_dim, act=silu, init=init, out_init=init)
-  masks = [Sliding(w) if w else Causal() for w in windows or [None] * layers]
+  masks = [Causal() if w is None else Sliding(w) for w in windows]
   return Decoder(
     vocab=vocab,
     dim=dim,
@@ -121,7 +130,7 @@ def _windows(config: Config, layers: int) -> list[int | None]:
   """How far each layer looks back.
 
   Raises:
-    UserError: if `layer_types` does not fit the other keys.
+    UserError: if `layer_types` has windows that the other keys do not.
   """
   window, full = None, "full_attention"
   if config.get("use_sliding_window"):
@@ -131,11 +140,10 @@ def _windows(config: Config, layers: int) -> list[int | None]:
   if kinds is None:
     kinds = [full if i < first else "sliding_attention" for i in range(layers)]
   known = {full} if window is None else {full, "sliding_attention"}
-  if len(kinds) != layers or not known.issuperset(kinds):
+  if not known.issuperset(kinds):
     raise UserError(
-      f"the config's layer_types names {len(kinds)} layers, of the kinds "
-      f"{', '.join(sorted(set(kinds)))}; by its other keys there are {layers} "
-      f"and each can be {' or '.join(sorted(known))}"
+      f"the config's layer_types are {', '.join(sorted(set(kinds)))}; by its "
+      f"other keys they can be {' or '.join(sorted(known))}"
     )
   return [None if kind == full else window for kind in kinds]
 

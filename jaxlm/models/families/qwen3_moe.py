@@ -143,7 +143,7 @@ def read(config: Config) -> Decoder:
   return decoder(
     **given,
     expert_dim=config.get("moe_intermediate_size", 768),
-    experts=_experts(config),
+    experts=config.get("num_experts", config.get("num_local_experts", 128)),
     top_k=config.get("num_experts_per_tok", 8),
     normalise=config.get("norm_topk_prob", False),
     dense=_dense(config, given["layers"]),
@@ -151,11 +151,6 @@ def read(config: Config) -> Decoder:
     scaling=rope.scaling,
     balance=balance if config.get("output_router_logits") else 0.0,
   )
-
-
-def _experts(config: Config) -> int:
-  """How many; newer files say `num_local_experts`."""
-  return config.get("num_experts") or config.get("num_local_experts") or 128
 
 
 def _dense(config: Config, layers: int) -> set[int]:

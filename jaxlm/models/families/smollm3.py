@@ -50,7 +50,16 @@ def decoder(
 
   `rotary` says of each layer whether it turns queries and keys; by default all
   but every fourth do.
+
+  Raises:
+    UserError: if `rotary` does not have one entry for each layer.
   """
+  rotary = _all_but_every(4, layers) if rotary is None else rotary
+  if len(rotary) != layers:
+    raise UserError(
+      f"rotary (no_rope_layers) has {len(rotary)} entries for {layers} layers; "
+      "give one for each"
+    )
   norm, init = RMSNorm(dim, eps), Normal(0.02)
   mixer = Attention(
     dim,
@@ -64,7 +73,7 @@ def decoder(
   )
   ffn = GLU(dim, mlp_dim, act=silu, init=init, out_init=init)
   rope = Rope(theta, scaling)
-  positions = [rope if on else None for on in rotary or _every(4, layers)]
+  positions = [rope if on else None for on in rotary]
   return Decoder(
     vocab=vocab,
     dim=dim,
@@ -82,8 +91,8 @@ def decoder(
   )
 
 
-def _every(interval: int, layers: int) -> list[bool]:
-  """True but for the last of every `interval` layers."""
+def _all_but_every(interval: int, layers: int) -> list[bool]:
+  """False for the last of every `interval` layers."""
   return [(i + 1) % interval != 0 for i in range(layers)]
 
 
@@ -104,30 +113,16 @@ def read(config: Config) -> Decoder:
     layer_types=["full_attention"] * layers,
     partial_rotary_factor=1.0,
   )
-  rope = read_rope(config, theta=2e6)
+  rope, rotary = read_rope(config, theta=2e6), config.get("no_rope_layers")
+  if rotary is None:
+    rotary = _all_but_every(config.get("no_rope_layer_interval", 4), layers)
   return decoder(
     **given,
-    rotary=_rotary(config, layers),
+    rotary=rotary[:layers],
     theta=rope.theta,
     scaling=rope.scaling,
     bias=config.get("attention_bias", False),
   )
-
-
-def _rotary(config: Config, layers: int) -> list[bool]:
-  """Which layers turn queries and keys.
-
-  Raises:
-    UserError: if the config does not say it of every layer, or says it of none.
-  """
-  interval, on = config.get("no_rope_layer_interval", 4), None
-  on = config.get("no_rope_layers") or _every(interval, layers)
-  if len(on) < layers:
-    raise UserError(
-      f"the config's no_rope_layers has {len(on)} entries for {layers} layers; "
-      "give each a 1 (rotary positions) or a 0 (none)"
-    )
-  return [bool(x) for x in on[:layers]]
 
 
 def write(model: Decoder) -> dict[str, Any]:
