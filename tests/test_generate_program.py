@@ -74,7 +74,9 @@ def test_the_prompt_then_what_follows(chars: Path):
   ("args", "words"),
   [
     (["--workdir=none", "--prompt=a"], "there is no directory none"),
-    (["--prompt=a"], "the following arguments are required: --workdir"),
+    (["--prompt=a"], "name one of the two: --workdir=DIR"),
+    (["--workdir=CHARS", "--chat", "--prompt=a"], "choose one of --template="),
+    (["--model=none", "--prompt=a"], "there is no none"),
     (["--workdir=CHARS", "--prompt=xyz"], "character 'x'"),
   ],
 )

@@ -157,7 +157,7 @@ class Writer:
       self.n,
       self.sampler,
       keys,
-      eot=next(iter(self.ends), None),
+      eot=tuple(self.ends) or None,
       slide=True,
       compute=self.compute,
     )

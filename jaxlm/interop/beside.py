@@ -5,6 +5,7 @@ the hub which only few programs need, but every copy of a model should have.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,13 +28,13 @@ class Said:
     template: how a conversation is written, or None.
     bos: id of the token that begins a text, or None.
     ends: ids of the tokens that end a text or a turn, the usual one first.
-    add_bos: whether plain text is to begin with `bos`.
+    start: ids of the tokens that plain text begins with.
   """
 
   template: ChatTemplate | None
   bos: int | None
   ends: tuple[int, ...]
-  add_bos: bool
+  start: tuple[int, ...]
 
 
 def said(tokenizer: Tokenizer) -> Said:
@@ -48,6 +49,9 @@ def said(tokenizer: Tokenizer) -> Said:
   ends = list(ends) if isinstance(ends, list) else [ends]
   bos, eos = _text(config.get("bos_token")), _text(config.get("eos_token"))
   ends += [tokenizer.specials.get(eos), tokenizer.eot, *turn_ends(tokenizer)]
+  start = tokenizer.start
+  if config.get("add_bos_token") and not start:
+    start = (tokenizer.specials.get(bos),)
   source = config.get("chat_template")
   if isinstance(source, list):  # several, by name
     source = {x["name"]: x["template"] for x in source}.get("default")
@@ -57,8 +61,17 @@ def said(tokenizer: Tokenizer) -> Said:
     template=ChatTemplate(source, bos, eos) if source else None,
     bos=tokenizer.specials.get(bos),
     ends=tuple(dict.fromkeys(i for i in ends if i is not None)),
-    add_bos=bool(config.get("add_bos_token")),
+    start=tuple(i for i in start if i is not None),
   )
+
+
+def with_config(tokenizer: Tokenizer, config: Mapping[str, Any]) -> Tokenizer:
+  """A tokenizer that knows the end which only config.json names."""
+  end = config.get("eos_token_id")
+  if end is not None and GENERATION not in tokenizer.beside:
+    more = {GENERATION: _text_of({"eos_token_id": end})}
+    tokenizer.beside = dict(tokenizer.beside) | more
+  return tokenizer
 
 
 def made(tokenizer: Tokenizer) -> Files:

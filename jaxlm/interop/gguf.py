@@ -21,9 +21,10 @@ from jaxlm.data.chat import ChatTemplate
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.interop import gguf_file, gguf_tokenizer
+from jaxlm.interop.gguf_arch import Arch, Line, matches
 from jaxlm.interop.gguf_file import Container, Tensor
 from jaxlm.interop.gguf_numbers import FREQS, read_rope
-from jaxlm.interop.gguf_tables import ARCHS, Arch, Line, matches
+from jaxlm.interop.gguf_tables import ARCHS
 from jaxlm.interop.gguf_write import write
 from jaxlm.models.decoder import Decoder
 from jaxlm.models.hub import find
@@ -230,7 +231,10 @@ def _read_config(
   for number in arch.also:
     config |= number.read(numbers, config)
   width = config.get("head_dim") or _width(config)
+  if arch.rope is None:
+    return config
   rope = read_rope(numbers, None if freqs is None else freqs.array(), width)
+  rope |= arch.rope
   local = numbers.get("rope.freq_base_swa", arch.local_theta)
   config["rope_parameters"] = rope
   if arch.local_theta is not None:

@@ -12,8 +12,9 @@ from jaxlm.data.chat import ChatTemplate
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.interop import gguf_file, gguf_tokenizer
+from jaxlm.interop.gguf_arch import Arch, Line, matches
 from jaxlm.interop.gguf_numbers import FREQS, write_rope
-from jaxlm.interop.gguf_tables import ARCHS, Arch, Line, matches
+from jaxlm.interop.gguf_tables import ARCHS
 
 Config = Mapping[str, Any]  # a config.json
 Arrays = Mapping[str, np.ndarray]

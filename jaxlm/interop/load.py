@@ -16,6 +16,7 @@ import jax
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from jaxlm import workdir
+from jaxlm.data import tokenizers
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.interop import source
@@ -52,20 +53,20 @@ def load(
     UserError: if there is nothing to read at the path, or it is damaged, of an
       unknown family, or does not fit together. Nothing is half loaded.
   """
-  workdir.check_dtype(dtype)
   path = Path(path)
-  if not _is_foreign(path):
+  if is_ours(path):
     return workdir.load(path, dtype, which, mesh, rules)
   if which != "latest":
     raise UserError(f"{path} is no run, so which={which!r} has no meaning")
+  workdir.check_dtype(dtype)
   found = source.open(path)
-  return found.model, _params(found, dtype, mesh, rules)
+  return found.model, read(found, dtype, mesh, rules)
 
 
 def load_model(path: str | Path) -> Decoder:
   """The model at a path, without its parameters; else as `load`."""
   path = Path(path)
-  if not _is_foreign(path):
+  if is_ours(path):
     return workdir.load_model(path)
   return source.open(path).model
 
@@ -79,20 +80,44 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     UserError: if there is none, or it has tokens that the model has not.
   """
   path = Path(path)
-  if not _is_foreign(path):
+  if is_ours(path):
     return workdir.load_tokenizer(path)
-  return source.open(path).tokenizer()
+  found = source.open(path).tokenizer
+  if found is None:
+    raise UserError(f"no tokenizer.json or tokenizer.model in {path}")
+  return found()
 
 
-def _is_foreign(path: Path) -> bool:
-  """Whether it is for `source` to read, or to say what is wrong with it."""
-  return path.is_file() or (path.is_dir() and source.is_hub(path))
+def load_all(
+  path: str | Path,
+  dtype: str | None = "float32",
+  mesh: Mesh | None = None,
+  rules: Rules | None = None,
+) -> tuple[Decoder, Tree, Tokenizer | None]:
+  """Model, parameters, and the tokenizer where there is one; else as `load`."""
+  path = Path(path)
+  if is_ours(path):
+    model, params = workdir.load(path, dtype, "latest", mesh, rules)
+    has = tokenizers.is_in(path)
+    return model, params, workdir.load_tokenizer(path) if has else None
+  workdir.check_dtype(dtype)
+  found = source.open(path)
+  tokenizer = found.tokenizer and found.tokenizer()
+  return found.model, read(found, dtype, mesh, rules), tokenizer
 
 
-def _params(
-  found: Source, dtype: str | None, mesh: Mesh | None, rules: Rules | None
+def is_ours(path: Path) -> bool:
+  """Whether `workdir` is to read it, or to say what is wrong with it."""
+  return not path.is_file() and not (path.is_dir() and source.is_hub(path))
+
+
+def read(
+  found: Source,
+  dtype: str | None = "float32",
+  mesh: Mesh | None = None,
+  rules: Rules | None = None,
 ) -> Tree:
-  """Every parameter, read, cast and placed."""
+  """Every parameter of a source, read, cast and placed; as `load`."""
   tree = found.model.params()
   if mesh is None:
     here = SingleDeviceSharding(jax.local_devices()[0])

@@ -263,5 +263,5 @@ def _save_gguf(
     said.template,
     said.bos,
     said.ends,
-    said.add_bos,
+    bool(said.start),
   )

@@ -16,7 +16,7 @@ import numpy as np
 from jaxlm.data import tokenizers
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
-from jaxlm.interop import beside, fp8, gguf, tensors
+from jaxlm.interop import beside, fp8, gguf, packed, tensors
 from jaxlm.models import hub
 from jaxlm.models.decoder import Decoder
 from jaxlm.models.hub import Hub
@@ -39,7 +39,7 @@ class Source:
     model: what the config describes.
     tensors: by name; each is read when asked for.
     heads: what has the `shape` of each tensor, where that is known before.
-    tokenizer: reads the tokenizer.
+    tokenizer: reads the tokenizer; None if there is none.
   """
 
   path: Path
@@ -48,7 +48,7 @@ class Source:
   model: Decoder
   tensors: Arrays
   heads: Mapping[str, Any] | None
-  tokenizer: Callable[[], Tokenizer]
+  tokenizer: Callable[[], Tokenizer] | None
 
   def check(self) -> list[Entry]:
     """All tensors of the model, after seeing that they are there and fit.
@@ -149,7 +149,12 @@ def _directory(path: Path) -> Source:
   raw = tensors.open_folder(path)
   arrays = _dequantised(raw, config)
   heads = raw.heads if arrays is raw else None
-  return _source(path, config, arrays, heads, lambda: tokenizers.load(path))
+
+  def tokenizer() -> Tokenizer:
+    return beside.with_config(tokenizers.load(path), config)
+
+  has = tokenizers.is_in(path)
+  return _source(path, config, arrays, heads, tokenizer if has else None)
 
 
 def read_config(path: Path) -> Config:
@@ -180,7 +185,7 @@ def _source(
   config: Config,
   arrays: Arrays,
   heads: Mapping[str, Any] | None,
-  tokenizer: Callable[[], Tokenizer],
+  tokenizer: Callable[[], Tokenizer] | None,
 ) -> Source:
   """Finds the family, and settles how it spells its names here."""
   try:
@@ -196,7 +201,8 @@ def _source(
   def fitted() -> Tokenizer:
     return fit(tokenizer(), model.vocab, path)
 
-  return Source(path, config, family, model, arrays, heads, fitted)
+  reads = tokenizer and fitted
+  return Source(path, config, family, model, arrays, heads, reads)
 
 
 def fit(tokenizer: Tokenizer, vocab: int, path: Path) -> Tokenizer:
@@ -264,7 +270,10 @@ def _dequantised(arrays: Arrays, config: Config) -> Arrays:
   return _VIEWS[method](arrays, config)
 
 
-_VIEWS: dict[str, Callable[[Arrays, Config], Arrays]] = {"fp8": fp8.view}
+_VIEWS: dict[str, Callable[[Arrays, Config], Arrays]] = {
+  "fp8": fp8.view,
+  "bitnet": packed.view,
+}
 
 
 def _pickles(path: Path) -> list[Path]:
