@@ -23,7 +23,7 @@ _LEAVES = (
 _MODELS = f"{_NAMES} layers models"
 _MIDDLE = "losses objectives optim state generate interop quant workdir"
 _UPPER = "evaluate explain recipe rl"
-_PROGRAMS = "host program train serve generate.__main__"
+_PROGRAMS = "host program convert train serve generate.__main__"
 
 MAY: dict[str, str] = {
   "errors": "",

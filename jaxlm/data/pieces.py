@@ -38,6 +38,13 @@ def read_json(content: str) -> tuple[Any, dict[str, Any]]:
   return made, form
 
 
+def start_of(made: Any) -> tuple[int, ...]:
+  """The special tokens that a tokenizer.json puts before every text."""
+  plain = made.encode("a", add_special_tokens=False).ids
+  ids = made.encode("a").ids
+  return tuple(ids[: ids.index(plain[0])]) if plain else ()
+
+
 class Pieces(Tokenizer):
   """BPE or unigram pieces, in the `tokenizer.json` format of Hugging Face.
 
@@ -60,6 +67,7 @@ class Pieces(Tokenizer):
     vocab = self._hf.get_vocab(with_added_tokens=True)
     self.vocab_size = max(vocab.values()) + 1
     self._content = content
+    self.start = start_of(self._hf)
     names = {a["content"] for a in added}
     self._table = [b""] * self.vocab_size
     for piece, i in vocab.items():

@@ -32,12 +32,14 @@ class Tokenizer:
   Attributes:
     vocab_size: ids are 0 .. vocab_size - 1.
     specials: id of every special token, by its name.
+    start: ids that its file puts before every text; `encode` does not.
     beside: files that were published with it (a chat template, ...), by name;
       they travel with it and change no id.
   """
 
   vocab_size: int
   specials: dict[str, int]
+  start: tuple[int, ...] = ()
   beside: Mapping[str, bytes] = MappingProxyType({})
 
   @property

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxlm.data.pieces import Pieces, read_json
+from jaxlm.data.pieces import Pieces, read_json, start_of
 from jaxlm.data.tokenizer import BESIDE, EOT, Tokenizer, utf8
 from jaxlm.errors import UserError
 
@@ -112,6 +112,7 @@ class ByteBPE(Tokenizer):
     vocab = self._hf.get_vocab(with_added_tokens=True)
     self.vocab_size = max(vocab.values()) + 1
     self._content = content
+    self.start = start_of(self._hf)
     self._table = self._bytes_of(vocab, {a["content"] for a in added})
     # Of most vocabularies nothing; the library would drop such bytes silently.
     lacking = set(range(256)) - {b[0] for b in self._table if len(b) == 1}
@@ -285,6 +286,14 @@ class SentencePiece(Tokenizer):
     return {"tokenizer.model": self._proto}
 
 
+_FILES = ("tokenizer.json", "tokenizer.model")
+
+
+def is_in(folder: Path) -> bool:
+  """Whether a folder has a tokenizer that `load` would read."""
+  return any((folder / name).is_file() for name in _FILES)
+
+
 def load(path: str | Path) -> Tokenizer:
   """Reads a tokenizer from a file, or from the folder that `save` wrote to.
 
@@ -298,8 +307,7 @@ def load(path: str | Path) -> Tokenizer:
   """
   path = Path(path)
   if path.is_dir():
-    names = ("tokenizer.json", "tokenizer.model")
-    found = [path / name for name in names if (path / name).is_file()]
+    found = [path / name for name in _FILES if (path / name).is_file()]
     if not found:
       raise UserError(f"no tokenizer.json or tokenizer.model in {path}")
     tokenizer = load(found[0])
