@@ -16,7 +16,7 @@ import numpy as np
 from jaxlm.data import tokenizers
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
-from jaxlm.interop import beside, fp8, gguf, packed, tensors
+from jaxlm.interop import beside, fp8, gguf, mxfp4, packed, tensors
 from jaxlm.models import hub
 from jaxlm.models.decoder import Decoder
 from jaxlm.models.hub import Hub
@@ -272,6 +272,7 @@ def _dequantised(arrays: Arrays, config: Config) -> Arrays:
 
 _VIEWS: dict[str, Callable[[Arrays, Config], Arrays]] = {
   "fp8": fp8.view,
+  "mxfp4": mxfp4.view,
   "bitnet": packed.view,
 }
 
