@@ -13,8 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import jaxlm
 from jaxlm.errors import UserError
 from jaxlm.interop import packed
+from jaxlm.interop.tensors import open_folder
 from jaxlm.layers.norm import RMSNorm, Rounded
 from jaxlm.layers.rounding import integers, ternary, ternary_weights
 from jaxlm.models import hub
@@ -120,6 +122,33 @@ def test_training_sees_rounded_weights():
   np.testing.assert_array_equal(rounded["head"], params["head"])
 
 
+def shapes(arrays) -> dict[str, tuple]:
+  """What a writer asks for before the arrays."""
+  return {name: (x.shape, x.dtype) for name, x in arrays.items()}
+
+
+def test_packing_a_model_gives_its_file_again():
+  """Bit for bit: packed weights and their scales."""
+  before = tensors("auto")
+  plain = packed.view(before, config("auto"))
+  after = packed.Packed(plain, shapes(plain))
+  assert after.keys() == before.keys() == after.shapes.keys()
+  for name, x in before.items():
+    np.testing.assert_array_equal(after[name], x, err_msg=name)
+    assert after.shapes[name] == (x.shape, x.dtype)
+
+
+def test_what_is_not_ternary_is_not_packed():
+  """Float weights, and rows that do not fill their bytes."""
+  masters = tensors("online")
+  name = "model.layers.0.self_attn.q_proj.weight"
+  with pytest.raises(UserError, match=rf"{name}.*ternary_weights"):
+    packed.Packed(masters, shapes(masters))[name]
+  odd = {"x.weight": np.ones((6, 4), np.float32)}
+  with pytest.raises(UserError, match="6 rows"):
+    packed.Packed(odd, shapes(odd))
+
+
 def test_bad_packed_files_are_named():
   """A scale that is missing, and bits that stand for nothing."""
   arrays = tensors("auto")
@@ -139,3 +168,16 @@ def test_a_model_of_other_bits_has_no_config():
     assert bitnet.read(bitnet.write(model)) == model
   with pytest.raises(UserError, match="activations of 8 bits"):
     bitnet.write(bitnet.decoder(**sizes, mlp_dim=4, activation_bits=4))
+
+
+def test_a_saved_model_is_packed_and_loads_equal(tmp_path):
+  """Through files: the published form, back to the same bits."""
+  model = bitnet.read(config("auto"))
+  names = hub.find(CONFIG).names
+  params = names.load(model, packed.view(tensors("auto"), config("auto")))
+  jaxlm.save(tmp_path / "out", model, params, format="hf")
+  stored = open_folder(tmp_path / "out")["model.layers.0.mlp.up_proj.weight"]
+  assert (stored.shape, stored.dtype) == ((5, 24), np.uint8)
+  again, back = jaxlm.load(tmp_path / "out")
+  assert again == model
+  jax.tree.map(np.testing.assert_array_equal, back, params)

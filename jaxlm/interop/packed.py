@@ -96,6 +96,60 @@ class Ternary(Mapping[str, np.ndarray]):
     return len(self._names)
 
 
+class Packed(Mapping[str, np.ndarray]):
+  """`Ternary` the other way: plain tensors packed, each when asked for.
+
+  Attributes:
+    shapes: shape and dtype of each by name.
+  """
+
+  def __init__(
+    self,
+    tensors: Mapping[str, np.ndarray],
+    shapes: Mapping[str, tuple[tuple[int, ...], Any]],
+  ):
+    self._tensors, self.shapes = tensors, {}
+    for name, (shape, dtype) in shapes.items():
+      if len(shape) != 2 or any(part in name for part in _KEPT):
+        self.shapes[name] = shape, dtype
+        continue
+      if shape[0] % 4:
+        raise UserError(
+          f"{name!r} has {shape[0]} rows; packed files have a multiple of 4"
+        )
+      self.shapes[name] = (shape[0] // 4, shape[1]), np.dtype(np.uint8)
+      self.shapes[name + _SCALE] = (1,), np.dtype(np.float32)
+
+  def __getitem__(self, name: str) -> np.ndarray:
+    if name.endswith(_SCALE):
+      return self._largest(name.removesuffix(_SCALE)).reshape(1)
+    x = self._tensors[name]
+    if self.shapes[name][1] != np.uint8:
+      return x
+    x = np.asarray(x, np.float32)
+    scale = self._largest(name)
+    values = np.sign(x)
+    if not np.array_equal(values * scale, x):
+      raise UserError(
+        f"{name!r} has other values than -s, 0 and s, and packed files hold "
+        "no others; round with jaxlm.layers.rounding.ternary_weights first"
+      )
+    return pack(values)
+
+  def _largest(self, name: str) -> np.float32:
+    """The scale of a ternary matrix; 1 if all of it is zero."""
+    return np.float32(np.max(np.abs(self._tensors[name])) or 1.0)
+
+  def __contains__(self, name: object) -> bool:
+    return name in self.shapes
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self.shapes)
+
+  def __len__(self) -> int:
+    return len(self.shapes)
+
+
 def view(tensors: Mapping[str, Any], config: Mapping[str, Any]) -> Ternary:
   """The tensors of a checkpoint whose `quantization_config` says bitnet."""
   said = config["quantization_config"]

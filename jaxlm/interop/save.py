@@ -24,7 +24,7 @@ import numpy as np
 from jaxlm import files, workdir
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
-from jaxlm.interop import beside, gguf, tensors
+from jaxlm.interop import beside, gguf, packed, tensors
 from jaxlm.interop.source import fit
 from jaxlm.layers.param import paths
 from jaxlm.models import hub
@@ -98,6 +98,8 @@ def _save_hub(
   made = Made(model, family, params, dtype)
   widest = max({str(d) for _, d in made.shapes.values()}, key=_rank)
   config = family.config(model) | {"dtype": widest}
+  if "quantization_config" in config:  # one kind is written: ternary
+    made = packed.Packed(made, made.shapes)
   if tokenizer is not None and tokenizer.eot is not None:
     config["eos_token_id"] = tokenizer.eot
   with _new_folder(path) as folder:
@@ -181,7 +183,9 @@ def _at(x: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
   return x[index] if index else x
 
 
-def _write_shards(folder: Path, made: Made, shard_size: int) -> None:
+def _write_shards(
+  folder: Path, made: Made | packed.Packed, shard_size: int
+) -> None:
   """One file, or several and their index."""
   shards, size = [{}], 0
   for name, shape in made.shapes.items():
