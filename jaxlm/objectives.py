@@ -14,6 +14,7 @@ from jaxlm.layers.attend import At
 from jaxlm.layers.compute import DEFAULT, Compute
 from jaxlm.losses import chunked_cross_entropy, cross_entropy, weighted_mean
 from jaxlm.models.decoder import Decoder, head, hidden, logits
+from jaxlm.models.encdec import EncoderDecoder, decode, encode, padded
 
 Array = jax.Array
 Batch = dict[str, Array]
@@ -70,6 +71,44 @@ def next_token(
     drift, _ = weighted_mean(log_z**2, batch.get("mask"))
     loss = loss + z_loss * drift
   return loss, metrics
+
+
+def seq2seq(
+  model: EncoderDecoder,
+  params: Any,
+  batch: Batch,
+  key: Array | None = None,
+  compute: Compute = DEFAULT,
+  start: int = 0,
+) -> tuple[Array, Metrics]:
+  """Mean negative log likelihood of the targets given the whole input.
+
+  Args:
+    model: the encoder-decoder.
+    params: its arrays.
+    batch: `inputs` [batch, keys] and `targets` [batch, seq], int; where rows
+      differ in length also `inputs_mask` and `mask`, of the same shapes: what
+      is text, and which targets count.
+    key: for dropout; None in evaluation.
+    compute: how to run.
+    start: the token that stands before the first target.
+
+  Returns:
+    The loss, and `loss` and `weight`.
+  """
+  keys = (None, None) if key is None else jax.random.split(key)
+  sources, targets = At(), batch["targets"]
+  if "inputs_mask" in batch:
+    sources = padded(batch["inputs_mask"])
+  context = encode(
+    model, params, batch["inputs"], sources.replace(key=keys[0]), compute
+  )
+  read = jnp.pad(targets[:, :-1], ((0, 0), (1, 0)), constant_values=start)
+  y = decode(
+    model, params, read, context, sources, At(key=keys[1]), compute=compute
+  )
+  loss, weight = weighted_mean(cross_entropy(y, targets)[0], batch.get("mask"))
+  return loss, {"loss": loss, "weight": weight}
 
 
 def _reported(seen: Any, name: str, part: str) -> dict[str, Array]:

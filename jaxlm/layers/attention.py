@@ -264,11 +264,11 @@ class Attention:
       softcap=self.softcap,
       sinks=p["sinks"].astype(jnp.float32) if self.sinks else None,
       alibi=self.position if isinstance(self.position, Alibi) else None,
-      bias=self._bias(q, k, at, keys),
+      bias=self._bias(q, k, at, keys, compute),
       compute=compute,
     )
 
-  def _bias(self, q: Array, k: Array, at: At, keys: At) -> Array | None:
+  def _bias(self, q, k, at: At, keys: At, compute: Compute) -> Array | None:
     """What relative positions add to the scores."""
     if not isinstance(self.position, RelativeBias):
       return None
@@ -276,7 +276,7 @@ class Attention:
       _where(x, place)[None] if place.positions is None else place.positions
       for x, place in ((q, at), (k, keys))
     ]
-    return self.position(at.table, *where)
+    return self.position(at.table, *where, compute)
 
   def _attend_cached(self, p, q, k, v, at: At, cache, compute: Compute):
     """Attends to the cache and the new tokens; returns output and cache."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from jaxlm.layers.compute import Compute
 from jaxlm.layers.param import Init, Normal, Param
 
 Array = jax.Array
@@ -50,13 +51,19 @@ class RelativeBias:
     large = jnp.minimum(exact + steps.astype(jnp.int32), n - 1)
     return first + jnp.where(away < exact, away, large)
 
-  def __call__(self, table: Array, q: Array, k: Array) -> Array:
+  def __call__(
+    self, table: Array, q: Array, k: Array, compute: Compute
+  ) -> Array:
     """Biases [batch or 1, heads, seq, keys], float32.
 
     Args:
       table: `[buckets, heads]`.
       q: positions of the queries, int `[batch or 1, seq]`.
       k: positions of the keys, int `[batch or 1, keys]`.
+      compute: where rows and heads lie on a mesh.
     """
     bucket = self.bucket(k[:, None, :] - q[:, :, None])
-    return jnp.moveaxis(table.astype(jnp.float32)[bucket], -1, 1)
+    shape = (*bucket.shape, table.shape[1])
+    spec = compute.spec(("batch", None, None, "heads"), shape)
+    bias = table.astype(jnp.float32).at[bucket].get(out_sharding=spec)
+    return jnp.moveaxis(bias, -1, 1)

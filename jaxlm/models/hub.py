@@ -110,6 +110,7 @@ def recognise(model: Decoder, among: Iterable[Hub] | None = None) -> Hub:
 # Fields that say how a model is trained: configs leave them out.
 _TRAINING = ("dropout", "init", "out_init", "embed_init", "head_init")
 _TRAINING += ("balance", "z_loss", "noise", "dispatch", "capacity_factor")
+_TRAINING += ("q_init",)
 
 
 def _bare(value: Any) -> Any:
