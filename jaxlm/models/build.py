@@ -24,13 +24,19 @@ def family(name: str) -> Callable[..., Decoder]:
   """The function `decoder` of a family.
 
   Raises:
-    UserError: if there is no such family.
+    UserError: if there is no such family, or it has no decoders.
   """
   known = family_names()
   if name not in known:
     hint = keys.nearest(name, known) or f"; known: {', '.join(known)}"
     raise UserError(f"no model family {name!r}{hint}")
-  return importlib.import_module(f"{families.__name__}.{name}").decoder
+  module = importlib.import_module(f"{families.__name__}.{name}")
+  if not hasattr(module, "decoder"):
+    raise UserError(
+      f"model family {name!r} has no decoders to be trained on plain text; "
+      "docs/encoder-decoder.md shows how its models are used"
+    )
+  return module.decoder
 
 
 def build(config: Config, vocab: int) -> Decoder:
