@@ -252,7 +252,8 @@ def _attend_sharded(form, q, k, v, mask, at, keys, extras, compute) -> Array:
   """Runs `form` on each device's batch and heads; no communication."""
   heads = compute.spec(("batch", None, "heads", None), q.shape)
   kv = compute.spec(("batch", None, "kv_heads", None), k.shape)
-  if kv[2] != heads[2]:  # fewer kv heads than devices: repeat them first
+  one = k.shape[2] == 1  # of all queries: each device has it whole
+  if kv[2] != heads[2] and not one:  # fewer than devices: repeat them first
     times = q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(x, times, axis=2) for x in (k, v))
     kv = heads

@@ -86,7 +86,7 @@ def _spec(
 
 # --- Presets ----------------------------------------------------------------
 
-_SHARDED = (("embed", "fsdp"),)
+_SHARDED = (("embed", "fsdp"), ("latent", "fsdp"))
 _TENSOR = (
   ("heads", "tensor"),
   ("kv_heads", "tensor"),
