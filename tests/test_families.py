@@ -118,6 +118,41 @@ def test_config_round_trip(name: str):
   assert hub.recognise(g.model).read(hub.recognise(g.model).config(g.model))
 
 
+@pytest.mark.parametrize("name", ["gemma3", "llama4"])
+def test_text_models_in_files_that_see_images(name: str):
+  """Read without what sees images; written as text, never as more."""
+  g = golden(name)
+  whole = {"text_config": g.config, "vision_config": {}}
+  whole["model_type"] = g.hub.type.removesuffix("_text")
+  family = hub.find(whole)
+  assert family.read(whole) == g.model
+  images = "vision_tower.x", "vision_model.y", "multi_modal_projector.z"
+  weights = {f"language_model.{k}": v for k, v in g.weights.items()}
+  weights |= dict.fromkeys(images, np.zeros(1))
+  assert family.names.extra(g.model, list(weights)) == []
+  params = family.names.load(g.model, weights)
+  want = g.names.load(g.model, g.weights)
+  jax.tree.map(np.testing.assert_array_equal, params, want)
+  assert hub.recognise(g.model) == g.hub
+  with pytest.raises(UserError, match=f"write it as {g.hub.type}"):
+    family.config(g.model)
+  with pytest.raises(UserError, match="text_config"):
+    family.read({"model_type": family.type})
+
+
+def test_layer_types_must_fit():
+  """One kind for each layer, of those the family builds."""
+  g = golden("gemma2")
+  kinds = g.config["layer_types"]
+  for wrong in (kinds[:-1], [*kinds[:-1], "chunked_attention"]):
+    with pytest.raises(UserError, match=r"layer_types names .* it needs 5"):
+      g.hub.read(g.config | {"layer_types": wrong})
+  g = golden("llama4")
+  wrong = g.config["layer_types"][::-1]
+  with pytest.raises(UserError, match="no_rope_layers disagree"):
+    g.hub.read(g.config | {"layer_types": wrong})
+
+
 def test_names_load_what_is_declared():
   """A loaded tree has the declared structure and shapes, so jit takes it."""
   g = golden("qwen3")

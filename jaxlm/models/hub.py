@@ -49,6 +49,32 @@ class Hub:
     return head | self.write(model)
 
 
+def text_of(
+  text: Hub, type: str, architecture: str, prefix: str = "language_model."
+) -> Hub:
+  """A `model_type` that holds a text model, and reads images besides.
+
+  The text model alone is read, from `text_config` and the tensors that begin
+  with `prefix`. It is written as what it is, with the `type` of `text`.
+  """
+
+  def read(config: Config) -> Decoder:
+    if not isinstance(config.get("text_config"), Mapping):
+      raise UserError(f"a config of model_type {type} has no 'text_config'")
+    return text.read(config["text_config"])
+
+  def write(model: Decoder) -> dict[str, Any]:
+    del model
+    raise UserError(f"a text model is no {type}; write it as {text.type}")
+
+  table = tuple((o, prefix + t, *rest) for o, t, *rest in text.names.table)
+  images = (r"^vision_(model|tower)\.", r"^multi_modal_projector\.")
+  names = dataclasses.replace(
+    text.names, table=table, base="", ignored=text.names.ignored + images
+  )
+  return Hub(type, architecture, read, write, names)
+
+
 def modules() -> Iterator[ModuleType]:
   """The files of all families, in the order of their names."""
   for name in sorted(m.name for m in pkgutil.iter_modules(families.__path__)):

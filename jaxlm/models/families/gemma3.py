@@ -23,6 +23,7 @@ from jaxlm.models.hub import (
   read_pattern,
   read_rope,
   sizes,
+  text_of,
   write_pattern,
   write_rope,
   write_sizes,
@@ -194,4 +195,7 @@ def write(model: Decoder) -> dict[str, Any]:
   }
 
 
-HF = (Hub("gemma3_text", "Gemma3ForCausalLM", read, write, Names(SANDWICH)),)
+_TEXT = Hub("gemma3_text", "Gemma3ForCausalLM", read, write, Names(SANDWICH))
+
+# From 4B on the published files see images too.
+HF = (_TEXT, text_of(_TEXT, "gemma3", "Gemma3ForConditionalGeneration"))

@@ -30,6 +30,7 @@ from jaxlm.models.hub import (
   read_pattern,
   read_rope,
   sizes,
+  text_of,
   write_pattern,
   write_rope,
   write_sizes,
@@ -239,4 +240,7 @@ _NAMES = Names(
   )
 )
 
-HF = (Hub("llama4_text", "Llama4ForCausalLM", read, write, _NAMES),)
+_TEXT = Hub("llama4_text", "Llama4ForCausalLM", read, write, _NAMES)
+
+# The published files see images too.
+HF = (_TEXT, text_of(_TEXT, "llama4", "Llama4ForConditionalGeneration"))
