@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
 from jaxlm.errors import UserError
 from jaxlm.generate.decode import generate
@@ -20,9 +21,13 @@ from jaxlm.layers.latent import LatentAttention
 from jaxlm.layers.mask import Causal, Chunked, Sliding
 from jaxlm.layers.mlp import GLU
 from jaxlm.layers.norm import RMSNorm
-from jaxlm.layers.param import abstract, count
+from jaxlm.layers.param import abstract, count, gather, shardings
 from jaxlm.layers.position import Rope, Yarn
+from jaxlm.models import hub
 from jaxlm.models.decoder import Block, Decoder, forward
+from jaxlm.models.families import deepseek
+from jaxlm.parallel.mesh import make_mesh
+from jaxlm.parallel.rules import preset
 
 # Every width another, so that none can stand in for another.
 PLAIN = LatentAttention(
@@ -102,8 +107,10 @@ def test_parameters_are_the_papers(name: str):
 # --- The two forms ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("mask", [Causal(), Sliding(4), Chunked(3)])
+@pytest.mark.parametrize(
+  ("name", "mask"),
+  [("plain", Causal()), ("squeezed", Sliding(4)), ("squeezed", Chunked(3))],
+)
 def test_absorbed_equals_expanded(name: str, mask):
   """The products associate: values and gradients agree to 1e-5."""
   layer = dataclasses.replace(LAYERS[name], mask=mask)
@@ -234,6 +241,47 @@ def test_generates_what_the_full_forward_says():
     np.testing.assert_array_equal(row[-9:], said)
 
 
+# --- On a mesh --------------------------------------------------------------
+
+WIDE = dataclasses.replace(SQUEEZED, dim=16, heads=8, rank=8, q_rank=16)
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+  "rule",
+  ["fsdp_tp", *(pytest.param(r, marks=SLOW) for r in ("dp", "fsdp", "tp"))],
+)
+def test_eight_devices_equal_one(rule: str):
+  """Both forms, and gradients of the one that trains, under every preset."""
+  rules = preset(rule)
+  mesh = make_mesh(rules)
+  tree, compute = WIDE.params(), Compute(rules=rules)
+  p = random(tree)
+  x = jnp.asarray(np.random.default_rng(1).normal(size=(8, 6, 16)), jnp.float32)
+  at, where = At(), jnp.arange(6)
+
+  @jax.jit
+  @functools.partial(jax.value_and_grad, has_aux=True)
+  def both(p, x):
+    p = gather(p, tree, rules, jnp.float32)
+    y, _ = WIDE(p, x, compute=compute)
+    q, c = WIDE.queries(p, x, where), WIDE.latents(p, x, where)
+    return jnp.sum(y * y), (y, WIDE.absorbed(p, q, c, at, at, compute))
+
+  (_, want), grads = both(p, x)
+  with jax.sharding.set_mesh(mesh):
+    spec = rules.activation_spec(("batch", None, None), x.shape, mesh)
+    placed = jax.device_put(p, shardings(tree, mesh, rules))
+    (_, found), moved = both(
+      placed, jax.device_put(x, NamedSharding(mesh, spec))
+    )
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+    (found, moved),
+    (want, grads),
+  )
+
+
 # --- Bad sizes --------------------------------------------------------------
 
 
@@ -249,3 +297,38 @@ def test_sizes_that_could_not_be_meant(sizes: dict, message: str):
   """Said when the layer is made, not deep inside a trace."""
   with pytest.raises(UserError, match=message):
     dataclasses.replace(PLAIN, **sizes)
+
+
+V2 = {
+  "model_type": "deepseek_v2",
+  "vocab_size": 11,
+  "hidden_size": 12,
+  "num_hidden_layers": 2,
+  "num_attention_heads": 2,
+  "intermediate_size": 16,
+  "num_experts_per_tok": 2,
+}
+
+
+@pytest.mark.parametrize(
+  ("said", "message"),
+  [
+    ({"num_experts_per_tok": None}, "no 'num_experts_per_tok'"),
+    ({"norm_topk_prob": True}, "norm_topk_prob=True"),
+    ({"scoring_func": "sigmoid"}, "scoring_func='sigmoid'"),
+    ({"topk_method": "noaux_tc"}, "topk_method='noaux_tc'"),
+    ({"num_key_value_heads": 1}, "num_key_value_heads=1"),
+    ({"attention_bias": True}, "attention_bias=True"),
+  ],
+)
+def test_configs_that_are_not_built(said: dict, message: str):
+  """Refused, never read as something else."""
+  hub.find(V2).read(V2)
+  with pytest.raises(UserError, match=message):
+    hub.find(V2).read(V2 | said)
+
+
+def test_scores_are_softmax_or_sigmoid():
+  """One sentence with what is known."""
+  with pytest.raises(UserError, match="'tanh' is neither 'softmax' nor 'sig"):
+    deepseek.decoder(score="tanh")
