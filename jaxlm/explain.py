@@ -19,8 +19,9 @@ def explain(config: FrozenConfigDict) -> str:
   The corpus is read (its tokenizer decides the vocabulary) and the model is
   declared, but no array of it is made and nothing is run.
   """
-  corpus = data.prepare(**recipe.data_arguments(config))
-  model = recipe.model(config, corpus.tokenizer.vocab_size)
+  origin = recipe.origin(config)
+  corpus = data.prepare(**recipe.data_arguments(config, origin))
+  model = recipe.model(config, corpus.tokenizer.vocab_size, origin)
   sections = [
     ("keys", _keys(config)),
     ("data", _data(config, corpus)),
@@ -69,7 +70,9 @@ def _model(config: FrozenConfigDict, model: Decoder) -> list[Row]:
   tree = model.params()
   hidden = sum(p.size for p in param.paths(tree).values() if p.is_hidden)
   return [
-    ("family", config.model.family, "model.family"),
+    ("continued from", config.model.path, "model.path")
+    if "path" in config.model
+    else ("family", config.model.family, "model.family"),
     ("parameters", f"{model.n_params():,}", "sum over the table below"),
     (
       "active",

@@ -4,14 +4,18 @@ The programs and `--explain` build a run from these functions, so that what is
 explained is what is run.
 """
 
+from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import FrozenConfigDict
 
+from jaxlm import keys
 from jaxlm.errors import UserError
+from jaxlm.interop.load import has_tokenizer, load_model, load_tokenizer
 from jaxlm.layers.compute import Compute
-from jaxlm.models.build import build as model
+from jaxlm.models.build import build, check
+from jaxlm.models.decoder import Decoder
 from jaxlm.optim import Muon, Optimizer, Schedule, make, make_schedule
 from jaxlm.optim.guards import skip_spikes
 from jaxlm.parallel.mesh import make_mesh
@@ -24,6 +28,7 @@ __all__ = [
   "mesh",
   "model",
   "optimizer",
+  "origin",
   "rules",
   "schedule",
 ]
@@ -32,11 +37,59 @@ Config = FrozenConfigDict
 EVAL_TOKENS = 8192  # in one batch of an evaluation: enough to fill a CPU
 
 
-def data_arguments(config: Config) -> dict[str, Any]:
-  """The arguments of `jaxlm.data.prepare`."""
+def origin(config: Config, workdir: Path | None = None) -> Path | None:
+  """Where the model that is trained on comes from; None: it is made new.
+
+  A run that has begun keeps model and tokenizer itself, in its `workdir`.
+  """
+  path = config.model.get("path")
+  if path is None:
+    return None
+  if workdir is not None and (workdir / "model.json").exists():
+    return workdir
+  return Path(str(path)).expanduser()
+
+
+def data_arguments(
+  config: Config, origin: Path | None = None
+) -> dict[str, Any]:
+  """The arguments of `jaxlm.data.prepare`.
+
+  Raises:
+    UserError: for a tokenizer that is not that of the model at `origin`.
+  """
   names = ("path", "tokenizer", "vocab", "val_fraction", "text_key")
   arguments = {name: config.data[name] for name in names}
+  if origin is not None and has_tokenizer(origin):
+    if config.data.tokenizer != keys.KEYS["data.tokenizer"].default:
+      raise UserError(
+        f"data.tokenizer is {config.data.tokenizer!r}, but the model in "
+        f"{config.model.path} has a tokenizer of its own; leave it out"
+      )
+    arguments["tokenizer"] = load_tokenizer(origin)
   return arguments | {"weights": config.data.weights or None}
+
+
+def model(config: Config, vocab: int, origin: Path | None = None) -> Decoder:
+  """The model that `config.model` describes, or the one at `origin`.
+
+  Raises:
+    UserError: as `build`; or for sizes beside a path, which has its own.
+  """
+  if origin is None:
+    return build(config, vocab)
+  given = {k for k, v in config.model.items() if v is not None} - {
+    "family",
+    "path",
+  }
+  if given:
+    raise UserError(
+      f"config.model.{min(given)} cannot be set beside config.model.path: the "
+      "model there is as it is; leave one of them out"
+    )
+  found = load_model(origin)
+  check(found, vocab, config.seq_len)
+  return found
 
 
 def eval_rows(config: Config) -> int:

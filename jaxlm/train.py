@@ -26,7 +26,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from ml_collections import FrozenConfigDict
 
-from jaxlm import data, metrics, program, recipe, speed
+from jaxlm import data, metrics, program, recipe, speed, values
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import check_continues, read, to_json
 from jaxlm.errors import UserError
@@ -34,6 +34,7 @@ from jaxlm.evaluate import bits_per_byte, evaluate
 from jaxlm.explain import explain
 from jaxlm.files import replace
 from jaxlm.generate.text import sample_text
+from jaxlm.interop.load import load
 from jaxlm.interrupt import Interrupt
 from jaxlm.layers import param
 from jaxlm.metrics import Log
@@ -82,7 +83,8 @@ def _train(
   enter(jax.set_mesh(mesh))
 
   # --- Data -------------------------------------------------------------------
-  corpus = data.prepare(**recipe.data_arguments(config))
+  origin = recipe.origin(config, workdir)
+  corpus = data.prepare(**recipe.data_arguments(config, origin))
   packed = config.data.windows == "packed"
   hosts = {
     "process_index": jax.process_index(),
@@ -104,18 +106,20 @@ def _train(
   print(f"data     {corpus.describe()}")
 
   # --- Model and mesh ---------------------------------------------------------
-  model = recipe.model(config, corpus.tokenizer.vocab_size)
+  model = recipe.model(config, corpus.tokenizer.vocab_size, origin)
+  if origin is not None:  # from here on the run needs it no more
+    replace(workdir / "model.json", values.to_json(model))
   compute = recipe.compute(config)
   device = mesh.devices.flat[0].device_kind
   print(
-    f"model    {config.model.family}, {model.n_params():,} parameters, "
+    f"model    {origin or config.model.family}, "
+    f"{model.n_params():,} parameters, "
     f"{config.precision} on {mesh.size} x {device}"
   )
 
   # --- Optimizer and state ----------------------------------------------------
   schedule = recipe.schedule(config)
   tx = recipe.optimizer(config, model.params(), schedule)
-  state = _fresh_state(config, model, tx, mesh)
   checkpoints = enter(
     Checkpoints(
       workdir / "checkpoints",
@@ -123,7 +127,10 @@ def _train(
       best="val_loss" if config.checkpoint.best else None,
     )
   )
-  if checkpoints.latest() is not None:
+  begun = checkpoints.latest() is not None
+  start = _fresh_state if origin is None or begun else _loaded_state
+  state = start(config, model, tx, mesh)
+  if begun:
     state = checkpoints.restore(_places(state)).state
     print(f"continue at step {int(state.step)} of {workdir}")
   first = step = int(state.step)
@@ -172,15 +179,15 @@ def _train(
 
   def report(last: int, result: dict[str, jax.Array]) -> None:
     """Reads the metrics of the steps up to `last`; logs where it is time."""
-    values = {k: np.asarray(v, np.float32) for k, v in result.items()}
-    _check_finite(values, last, workdir)
+    found = {k: np.asarray(v, np.float32) for k, v in result.items()}
+    _check_finite(found, last, workdir)
     clock.tick(last)
-    if last - len(values["loss"]) == first:
+    if last - len(found["loss"]) == first:
       print(f"start    {time.perf_counter() - STARTED:.1f} s to the first step")
     if not _due(last, config.log_every, config.steps):
       return
     rate = clock.tokens_per_sec()
-    line = {k: v[-1] for k, v in values.items() if k != "weight"}
+    line = {k: v[-1] for k, v in found.items() if k != "weight"}
     line["lr"] = schedule(last - 1)
     log.scalars(last, line | _known(tokens_per_sec=rate))
     share, left = rate * flops / peak, clock.seconds_left(config.steps)
@@ -297,6 +304,19 @@ def _fresh_state(config: FrozenConfigDict, model, tx, mesh) -> TrainState:
     return create(params, tx, config.ema > 0, config.precision == "float16")
 
   return fresh()
+
+
+def _loaded_state(config: FrozenConfigDict, model, tx, mesh) -> TrainState:
+  """The state of step 0 around the parameters at `model.path`."""
+  path, rules = recipe.origin(config), recipe.rules(config)
+  found, params = load(path, "float32", mesh, rules)
+  if found != model:
+    raise UserError(
+      f"{path} holds another model than when this run began; start again in "
+      "another workdir"
+    )
+  float16 = config.precision == "float16"
+  return jax.jit(lambda p: create(p, tx, config.ema > 0, float16))(params)
 
 
 def _places(state: TrainState) -> Tree:

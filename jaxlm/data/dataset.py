@@ -54,7 +54,7 @@ class Dataset:
 
 def prepare(
   path: str | Path | Sequence[str | Path] | None = None,
-  tokenizer: str = "bpe",
+  tokenizer: str | Tokenizer = "bpe",
   vocab: int = 4096,
   val_fraction: float = 0.1,
   text_key: str = "text",
@@ -70,7 +70,8 @@ def prepare(
     path: files, folders or glob patterns (a string may hold several, with
       commas between); None is the documentation that Python carries.
     tokenizer: 'bytes', 'chars', 'bpe' or 'sentencepiece', made from the
-      training text (chars: from all text); or a tokenizer file or folder.
+      training text (chars: from all text); or a tokenizer, its file or
+      folder.
     vocab: tokens that 'bpe' or 'sentencepiece' may have.
     val_fraction: share of the text held out, 0 <= f < 1.
     text_key: key or column of the text in JSON lines and tables.
@@ -215,8 +216,10 @@ def held_out(lengths: np.ndarray, fraction: float) -> np.ndarray:
 # --- Tokenizers -------------------------------------------------------------
 
 
-def _given(name: str) -> Tokenizer | None:
+def _given(name: str | Tokenizer) -> Tokenizer | None:
   """The tokenizer in a file or folder; None for the kinds that are made."""
+  if isinstance(name, Tokenizer):
+    return name
   if name in ("bytes", "chars", "bpe", "sentencepiece"):
     return None
   if not Path(name).expanduser().exists():

@@ -88,6 +88,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
   return found()
 
 
+def has_tokenizer(path: str | Path) -> bool:
+  """Whether there is a tokenizer with the model at a path."""
+  path = Path(path)
+  return path.is_file() or tokenizers.is_in(path)
+
+
 def load_all(
   path: str | Path,
   dtype: str | None = "float32",

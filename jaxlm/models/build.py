@@ -68,12 +68,21 @@ def build(config: Config, vocab: int) -> Decoder:
   model = configs.call(
     function, section, skip=skip, label=section.family, **given
   )
-  _check(model, vocab, config.seq_len)
+  check(model, vocab, config.seq_len)
   return model
 
 
-def _check(model: Decoder, vocab: int, seq_len: int) -> None:
-  """Rejects sizes that could not be meant, in the words of the config."""
+def check(model: Decoder, vocab: int, seq_len: int) -> None:
+  """Rejects sizes that could not be meant, in the words of the config.
+
+  Args:
+    model: what is to be trained.
+    vocab: number of tokens of the data's tokenizer.
+    seq_len: tokens it is to read at once.
+
+  Raises:
+    UserError: if they do not fit together.
+  """
   if model.vocab < vocab:
     raise UserError(
       f"config.model.vocab={model.vocab} is less than the tokenizer's {vocab} "
