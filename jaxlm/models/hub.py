@@ -46,7 +46,13 @@ class Hub:
   def config(self, model: Decoder) -> dict[str, Any]:
     """The whole config.json of a model."""
     head = {"architectures": [self.architecture], "model_type": self.type}
-    return head | self.write(model)
+    out = head | self.write(model)
+    rope = out.get("rope_parameters") or {}
+    if "rope_theta" in rope:  # where transformers 4 looks for it
+      scaled = rope["rope_type"] != "default"
+      out |= {"rope_theta": rope["rope_theta"]}
+      out |= {"rope_scaling": rope if scaled else None}
+    return out
 
 
 def text_of(
@@ -236,6 +242,20 @@ def expect(config: Config, **wanted: Any) -> None:
         f"the config says {key}={config[key]!r}, which is not built here; it "
         f"can be {' or '.join(map(repr, values))}"
       )
+
+
+def given(config: Config, key: str, default: Any) -> Any:
+  """What a config says of a key, or `default` where it is absent.
+
+  Raises:
+    UserError: where it is there and null, which leaves nothing to build.
+  """
+  value = config.get(key, default)
+  if value is None:
+    raise UserError(
+      f"the config says {key}=null; leave it out ({default!r}) or give a value"
+    )
+  return value
 
 
 # --- Layers that differ -----------------------------------------------------
