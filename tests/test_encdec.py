@@ -3,6 +3,7 @@
 import functools
 import json
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -431,3 +432,13 @@ def test_it_learns_to_reverse():
   new = rows(jax.random.key(2))
   found = greedy(model, params, new["inputs"], 4)
   assert np.mean(found == new["targets"]) > 0.95
+
+
+def test_the_page_runs():
+  """Every example of docs/encoder-decoder.md, in order."""
+  page = pathlib.Path(__file__).parents[1] / "docs" / "encoder-decoder.md"
+  blocks = re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.S)
+  names: dict = {}
+  exec("\n".join(blocks), names)
+  assert names["logits"].shape == (2, 3, 16)
+  np.testing.assert_array_equal(names["token"][:, 0], names["out"][:, 0])

@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -399,3 +400,12 @@ def test_a_value_can_be_written_down():
   """Recurrent decoders survive JSON, as checkpoints need."""
   for model in DECODERS.values():
     assert from_json(to_json(model)) == model
+
+
+def test_the_page_runs():
+  """Every example of docs/recurrent.md, in order."""
+  page = pathlib.Path(__file__).parents[1] / "docs" / "recurrent.md"
+  blocks = re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.S)
+  names: dict = {}
+  exec("\n".join(blocks), names)
+  assert names["tokens"].shape == (1, 11)
