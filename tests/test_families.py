@@ -4,6 +4,7 @@ Golden files hold tiny random models of transformers (see
 golden/make_families.py): weights, tokens, logits, and gradients of the loss.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -138,6 +139,22 @@ def test_text_models_in_files_that_see_images(name: str):
     family.config(g.model)
   with pytest.raises(UserError, match="text_config"):
     family.read({"model_type": family.type})
+
+
+GAPS = ["bitnet", "gemma2", "gemma3", "llama", "llama4", "nanochat", "olmo2"]
+
+
+@pytest.mark.parametrize("name", GAPS)
+@pytest.mark.parametrize("gone", ["absent", "null"])
+def test_configs_with_a_key_less(name: str, gone: str):
+  """Whatever a config.json lacks is a default or one sentence, never a crash."""
+  g = golden(name)
+  for key in g.config:
+    config = {k: v for k, v in g.config.items() if k != key}
+    if gone == "null":
+      config[key] = None
+    with contextlib.suppress(UserError):
+      g.hub.read(config)
 
 
 def test_layer_types_must_fit():

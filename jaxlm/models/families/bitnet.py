@@ -97,16 +97,17 @@ PUBLISHED = {"bitnet-2b4t": decoder(activation_bits=8)}
 
 def read(config: Config) -> Decoder:
   """A config.json of `model_type` bitnet."""
+  defaults = {"rms_norm_eps": 1e-5, "max_position_embeddings": 2048}
+  arguments = sizes(config, "head_dim", **defaults)
   expect(
     config,
     hidden_act="relu2",
     attention_bias=False,
-    head_dim=config["hidden_size"] // config["num_attention_heads"],
+    head_dim=arguments["dim"] // arguments["heads"],
   )
   rope = read_rope(config, theta=500000.0)
-  defaults = {"rms_norm_eps": 1e-5, "max_position_embeddings": 2048}
   return decoder(
-    **sizes(config, "head_dim", **defaults),
+    **arguments,
     theta=rope.theta,
     scaling=rope.scaling,
     activation_bits=_bits(config),

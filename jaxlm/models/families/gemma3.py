@@ -20,6 +20,7 @@ from jaxlm.models.hub import (
   Config,
   Hub,
   expect,
+  given,
   read_pattern,
   read_rope,
   sizes,
@@ -157,16 +158,16 @@ def read(config: Config) -> Decoder:
   defaults |= {"max_position_embeddings": 131072, "tie_word_embeddings": True}
   config = defaults | dict(config)
   rope, local = _ropes(config)
-  turn = config.get("sliding_window_pattern", 6)
+  turn = given(config, "sliding_window_pattern", 6)
   return decoder(
     **sizes(config),
     theta=rope.theta,
     scaling=rope.scaling,
     local_theta=local.theta,
     local_scaling=local.scaling,
-    window=config.get("sliding_window", 4096),
+    window=given(config, "sliding_window", 4096),
     pattern=read_pattern(config, "L" * (turn - 1) + "G"),
-    query_dim=config.get("query_pre_attn_scalar", 256),
+    query_dim=given(config, "query_pre_attn_scalar", 256),
   )
 
 

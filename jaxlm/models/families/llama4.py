@@ -27,6 +27,7 @@ from jaxlm.models.hub import (
   Config,
   Hub,
   expect,
+  given,
   read_pattern,
   read_rope,
   sizes,
@@ -146,18 +147,18 @@ def read(config: Config) -> Decoder:
   defaults = {"num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5}
   balance = config.get("router_aux_loss_coef", 0.001)
   tuned = Temperature(
-    config.get("attn_scale", 0.1), config.get("floor_scale", 8192)
+    given(config, "attn_scale", 0.1), given(config, "floor_scale", 8192)
   )
   return decoder(
     **sizes(config, "mlp_dim", **defaults, max_position_embeddings=131072),
-    mlp_dim=config.get("intermediate_size_mlp", 16384),
+    mlp_dim=given(config, "intermediate_size_mlp", 16384),
     expert_dim=config["intermediate_size"],
-    experts=config.get("num_local_experts", 16),
-    top_k=config.get("num_experts_per_tok", 1),
+    experts=given(config, "num_local_experts", 16),
+    top_k=given(config, "num_experts_per_tok", 1),
     moe_layers=_moe_layers(config),
     theta=rope.theta,
     scaling=rope.scaling,
-    chunk=config.get("attention_chunk_size", 8192),
+    chunk=given(config, "attention_chunk_size", 8192),
     pattern=_pattern(config),
     qk_norm=config.get("use_qk_norm", True),
     temperature=tuned if config.get("attn_temperature_tuning", True) else None,
@@ -169,13 +170,13 @@ def _moe_layers(config: Config) -> Sequence[int]:
   """Numbers of the layers with experts: listed, or every so many."""
   if config.get("moe_layers") is not None:
     return config["moe_layers"]
-  step = config.get("interleave_moe_layer_step", 1)
+  step = given(config, "interleave_moe_layer_step", 1)
   return range(step - 1, config["num_hidden_layers"], step)
 
 
 def _pattern(config: Config) -> str:
   """Where positions are (C) and where not (G), as chunks must be as well."""
-  every = config.get("no_rope_layer_interval", 4)
+  every = given(config, "no_rope_layer_interval", 4)
   turned = config.get("no_rope_layers") or [
     (i + 1) % every != 0 for i in range(config["num_hidden_layers"])
   ]
