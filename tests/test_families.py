@@ -147,7 +147,7 @@ GAPS = ["bitnet", "gemma2", "gemma3", "llama", "llama4", "nanochat", "olmo2"]
 @pytest.mark.parametrize("name", GAPS)
 @pytest.mark.parametrize("gone", ["absent", "null"])
 def test_configs_with_a_key_less(name: str, gone: str):
-  """Whatever a config.json lacks is a default or one sentence, never a crash."""
+  """What a config.json lacks is a default or one sentence, never a crash."""
   g = golden(name)
   for key in g.config:
     config = {k: v for k, v in g.config.items() if k != key}
