@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 
+import jaxlm
 from jaxlm.errors import UserError
 from jaxlm.layers.attend import At
 from jaxlm.layers.attention import Attention
@@ -442,3 +443,13 @@ def test_the_page_runs():
   exec("\n".join(blocks), names)
   assert names["logits"].shape == (2, 3, 16)
   np.testing.assert_array_equal(names["token"][:, 0], names["out"][:, 0])
+
+
+def test_a_directory_loads_and_saves(tmp_path):
+  """`jaxlm.save` in the hub's format, and `jaxlm.load` gives the same bits."""
+  model = VERSIONS["v1.1"]
+  params = random(model)
+  jaxlm.save(tmp_path / "t5", model, params, format="hf")
+  found, back = jaxlm.load(tmp_path / "t5")
+  assert hub._bare(found) == hub._bare(model)
+  jax.tree.map(np.testing.assert_array_equal, back, params)
