@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.data.chat import ChatTemplate
@@ -26,13 +25,10 @@ from jaxlm.interop.gguf_file import Container, Tensor
 from jaxlm.interop.gguf_numbers import FREQS, read_rope
 from jaxlm.interop.gguf_tables import ARCHS
 from jaxlm.interop.gguf_write import write
-from jaxlm.models.decoder import Decoder
-from jaxlm.models.hub import find
 
-Tree = Any
 Config = Mapping[str, Any]  # a config.json
 
-__all__ = ["Gguf", "Tensors", "load", "read", "write"]
+__all__ = ["Gguf", "Tensors", "read", "write"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +44,6 @@ class Gguf:
     ends: ids of the tokens that end a text or a turn.
     add_bos: whether plain text is to begin with `bos`.
     metadata: everything else the file says.
-    path: where it is.
   """
 
   config: dict[str, Any]
@@ -59,46 +54,12 @@ class Gguf:
   ends: tuple[int, ...]
   add_bos: bool
   metadata: dict[str, Any]
-  path: Path
-
-  def load(self) -> tuple[Decoder, Tree]:
-    """The model, and its parameters as NumPy arrays.
-
-    Raises:
-      UserError: if no family here is of this kind, or for a tensor that is
-        missing, left over or of another shape.
-    """
-    try:
-      hub = find(self.config)
-      model = hub.read(self.config)
-      extra = hub.names.extra(model, list(self.tensors))
-      if extra:
-        raise UserError(f"tensor {extra[0]!r} has no place in the model")
-      return model, hub.names.load(model, self.tensors)
-    except UserError as error:
-      raise UserError(f"{self.path}: {error}") from error
 
 
-def load(path: str | Path, dtype: str = "float32") -> tuple[Decoder, Tree]:
-  """The model in a file, and its parameters as NumPy arrays.
-
-  Args:
-    path: the file.
-    dtype: of the parameters.
-
-  Raises:
-    UserError: as `read`, or for a tensor that is missing or of another shape.
-  """
-  return read(path, dtype).load()
-
-
-def read(path: str | Path, dtype: str | None = None) -> Gguf:
+def read(path: str | Path) -> Gguf:
   """Reads a file; tensors stay where they are until asked for.
 
-  Args:
-    path: the file.
-    dtype: of its tensors; None means floats as they are stored, and float32
-      for quantised ones.
+  They come as floats as they are stored, and in float32 where quantised.
 
   Raises:
     UserError: if the file is damaged, or of an architecture, a tokenizer or a
@@ -107,7 +68,7 @@ def read(path: str | Path, dtype: str | None = None) -> Gguf:
   container = gguf_file.load(path)
   try:
     arch = _arch(container)
-    config, tensors = _translated(arch, container, dtype)
+    config, tensors = _translated(arch, container)
     vocab = gguf_tokenizer.read(container.metadata)
   except UserError as error:
     raise UserError(f"{path}: {error}") from error
@@ -125,7 +86,6 @@ def read(path: str | Path, dtype: str | None = None) -> Gguf:
     ends=vocab.ends,
     add_bos=vocab.add_bos,
     metadata=container.metadata,
-    path=Path(path),
   )
 
 
@@ -137,11 +97,9 @@ class Tensors(Mapping[str, np.ndarray]):
     arch: Arch,
     config: Config,
     found: Mapping[str, Tensor],
-    dtype: str | None = None,
   ):
     self._config = config
     self._found = found
-    self._dtype = dtype and jnp.dtype(dtype)
     self._places: dict[str, tuple[Line, tuple[str, ...], int, int | None]] = {}
     for line, names, layer in matches(arch, found, "file"):
       self._place(line, names[0], layer)
@@ -150,8 +108,7 @@ class Tensors(Mapping[str, np.ndarray]):
     """The tensor; KeyError if there is none."""
     line, files, part, expert = self._places[name]
     arrays = [self._found[f].array(expert) for f in files]
-    x = line.layout.hub(arrays, self._config)[part]
-    return x if self._dtype is None else x.astype(self._dtype)
+    return line.layout.hub(arrays, self._config)[part]
 
   def __contains__(self, name: object) -> bool:
     """Whether there is such a tensor; decodes nothing."""
@@ -193,7 +150,7 @@ def _arch(container: Container) -> Arch:
 
 
 def _translated(
-  arch: Arch, container: Container, dtype: str | None
+  arch: Arch, container: Container
 ) -> tuple[dict[str, Any], Tensors]:
   """The config of a file, and its tensors."""
   found = dict(container.tensors)
@@ -202,7 +159,7 @@ def _translated(
   if _same(found.get("output.weight"), found.get("token_embd.weight")):
     del found["output.weight"]  # some converters write the one table twice
   config["tie_word_embeddings"] = "output.weight" not in found
-  return config, Tensors(arch, config, found, dtype)
+  return config, Tensors(arch, config, found)
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

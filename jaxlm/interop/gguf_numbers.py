@@ -119,7 +119,15 @@ class LatentSizes:
       "qk_nope_head_dim": whole - rope,
       "head_dim": rope,
       "q_lora_rank": config.get("q_lora_rank"),
+      "topk_method": self._method(config),
     }
+
+  def _method(self, config: Config) -> str:
+    """How experts are chosen, which follows from the rest."""
+    if self.gating == 2:
+      return "noaux_tc"
+    many = config.get("n_group", 1) > 1
+    return "group_limited_greedy" if many else "greedy"
 
   def write(self, config: Config) -> dict[str, Any]:
     """Numbers of the file."""
@@ -155,6 +163,14 @@ Number = Fraction | QueryScale | Windows | LatentSizes | Wide
 
 # --- Rotary positions -------------------------------------------------------
 
+# Numbers behind the tensor of factors: every published model has these, and
+# llama.cpp does not read them, so a file has them only if it was written here.
+_STRETCH = {
+  "low_freq_factor": 1.0,
+  "high_freq_factor": 4.0,
+  "original_max_position_embeddings": 8192,
+}
+
 _YARN = (
   ("rope.scaling.factor", "factor"),
   ("rope.scaling.original_context_length", "original_max_position_embeddings"),
@@ -175,7 +191,7 @@ def read_rope(
   out = {"rope_type": "default", "rope_theta": theta}
   kind = numbers.get("rope.scaling.type", "none")
   if freqs is not None:
-    return out | _stretch(freqs, theta, head_dim)
+    return out | _stretch(freqs, numbers, theta, head_dim)
   if kind == "linear":
     return out | {"rope_type": kind, "factor": numbers["rope.scaling.factor"]}
   if kind == "yarn":
@@ -206,6 +222,11 @@ def write_rope(
   if kind == "default":
     return numbers, None
   if kind == "llama3":
+    numbers |= {
+      f"rope.scaling.{kind}.{key}": rope[key]
+      for key, usual in _STRETCH.items()
+      if rope[key] != usual
+    }
     return numbers, stretch_factors(rope, head_dim)
   if kind not in ("linear", "yarn"):
     raise UserError(
@@ -216,6 +237,11 @@ def write_rope(
   for file, hub in _YARN:
     if rope.get(hub) is not None:
       numbers[file] = rope[hub]
+  if rope.get("mscale", 0) != rope.get("mscale_all_dim", 0):
+    raise UserError(
+      "mscale and mscale_all_dim differ, and a GGUF file has one number for "
+      "both; it cannot be written as GGUF"
+    )
   if rope.get("mscale_all_dim"):
     numbers["rope.scaling.yarn_log_multiplier"] = 0.1 * rope["mscale_all_dim"]
   return numbers, None
@@ -237,19 +263,18 @@ def stretch_factors(rope: Config, head_dim: int) -> np.ndarray:
   return (1 / ((1 - s) / rope["factor"] + s)).astype(np.float32)
 
 
-def _stretch(freqs: np.ndarray, theta: float, head_dim: int) -> dict[str, Any]:
-  """The scaling whose factors a file holds, found and then checked.
-
-  The file has the factors alone; the other three numbers are those of every
-  model published with this scaling.
-  """
+def _stretch(
+  freqs: np.ndarray, numbers: Numbers, theta: float, head_dim: int
+) -> dict[str, Any]:
+  """The scaling whose factors a file holds, found and then checked."""
   found = {
     "rope_type": "llama3",
     "rope_theta": theta,
     "factor": float(np.max(freqs)),
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
+  }
+  found |= {
+    key: numbers.get(f"rope.scaling.llama3.{key}", usual)
+    for key, usual in _STRETCH.items()
   }
   want = stretch_factors(found, head_dim)
   if want.shape != freqs.shape or not np.allclose(want, freqs, rtol=1e-3):

@@ -34,7 +34,7 @@ _SIZES = (
   ("block_count", "num_hidden_layers"),
   ("attention.head_count", "num_attention_heads"),
 )
-_RMS = (
+_PLAIN = (
   *_SIZES,
   ("feed_forward_length", "intermediate_size"),
   ("attention.head_count_kv", "num_key_value_heads"),
@@ -44,7 +44,8 @@ _HEAD = (
   ("attention.key_length", "head_dim"),
   ("attention.value_length", "head_dim"),
 )
-_ROTATED_HEAD = (("rope.dimension_count", "head_dim"), *_HEAD)
+_RMS = (*_PLAIN, *_HEAD)
+_ROTATED = (("rope.dimension_count", "head_dim"), *_RMS)
 _SOFTCAPS = (
   ("attn_logit_softcapping", "attn_logit_softcapping"),
   ("final_logit_softcapping", "final_logit_softcapping"),
@@ -160,11 +161,12 @@ _LLAMA_BIAS = {"attention_bias": "blk.0.attn_q.bias"}
 _LLAMA_SAYS = _SILU | {"mlp_bias": False, "sliding_window": None}
 _MOE = (
   ("expert_count", "num_experts"),
+  ("expert_count", "num_local_experts"),  # in newer configs
   ("expert_used_count", "num_experts_per_tok"),
 )
 
 _LATENT_NUMBERS = (
-  *_RMS,
+  *_PLAIN,
   ("attention.q_lora_rank", "q_lora_rank"),
   ("attention.kv_lora_rank", "kv_lora_rank"),
   ("attention.value_length_mla", "v_head_dim"),
@@ -187,8 +189,7 @@ ARCHS = (
     ("mixtral",),
     (*_ENDS, *_NORMS, *_PAIRED, *_VALUES, *_SPARSE),
     (
-      *_RMS,
-      *_ROTATED_HEAD,
+      *_ROTATED,
       ("expert_count", "num_local_experts"),
       ("expert_used_count", "num_experts_per_tok"),
     ),
@@ -199,7 +200,7 @@ ARCHS = (
     "llama",
     ("llama", "mistral"),
     _LLAMA,
-    (*_RMS, *_ROTATED_HEAD),
+    _ROTATED,
     _LLAMA_SAYS,
     _LLAMA_BIAS,
   ),
@@ -207,7 +208,7 @@ ARCHS = (
     "smollm3",
     ("smollm3",),
     _LLAMA,
-    (*_RMS, *_ROTATED_HEAD),
+    _ROTATED,
     _SILU
     | {"mlp_bias": False, "use_sliding_window": False}
     | {"no_rope_layer_interval": 4},
@@ -224,7 +225,7 @@ ARCHS = (
     "qwen3",
     ("qwen3",),
     (*_ENDS, *_NORMS, *_QUERIES, *_VALUES, *lines(Same(), *_QK_NORM), *_GLU),
-    (*_RMS, *_HEAD),
+    _RMS,
     _SILU | {"use_sliding_window": False, "attention_bias": False},
   ),
   Arch(
@@ -240,7 +241,6 @@ ARCHS = (
     ),
     (
       *_RMS,
-      *_HEAD,
       *_MOE,
       ("expert_feed_forward_length", "moe_intermediate_size"),
     ),
@@ -253,7 +253,7 @@ ARCHS = (
     "gemma2",
     ("gemma2",),
     (_ENDS[0], *_GEMMA_NORMS, *_QUERIES, *_VALUES, *_GLU),
-    (*_RMS, *_HEAD, *_SOFTCAPS, *_WINDOW),
+    (*_RMS, *_SOFTCAPS, *_WINDOW),
     {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False},
     also=(QueryScale(wide=46), Windows(2)),
   ),
@@ -269,7 +269,7 @@ ARCHS = (
       *lines(PlusOne(), *_QK_NORM),
       *_GLU,
     ),
-    (*_RMS, *_HEAD, *_SOFTCAPS, *_WINDOW),
+    (*_RMS, *_SOFTCAPS, *_WINDOW),
     {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False},
     also=(QueryScale(wide=62), Windows(6)),
     local_theta=10000.0,
@@ -303,7 +303,7 @@ ARCHS = (
     ("deepseek_v3",),
     (*_ENDS, *_NORMS, *_LATENT, *_GLU, *_EXPERTS, *_SHARED),
     _LATENT_NUMBERS,
-    _LATENT_SAYS | {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+    _LATENT_SAYS | {"scoring_func": "sigmoid", "rope_interleave": True},
     also=(LatentSizes(gating=2),),
     needs=("expert_gating_func", 2),
   ),
@@ -354,7 +354,6 @@ ARCHS = (
     ),
     (
       *_RMS,
-      *_HEAD,
       *_WINDOW,
       ("expert_feed_forward_length", "intermediate_size"),
       ("expert_count", "num_local_experts"),

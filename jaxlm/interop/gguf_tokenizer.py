@@ -120,10 +120,14 @@ def read(metadata: Mapping[str, Any]) -> Vocabulary:
       f"its tokenizer is of kind {kind!r}; known here: gpt2 (byte-level BPE), "
       "llama and t5 (SentencePiece)"
     )
-  tokenizer, names = kinds[kind](given), given["tokens"]
+  names, bos = given["tokens"], given.get("bos_token_id")
   ends = [given.get(f"{name}_token_id") for name in ("eos", "eot", "eom")]
-  ends = [i for i in ends if i is not None] + turn_ends(tokenizer)
-  bos = given.get("bos_token_id")
+  ends = [i for i in ends if i is not None]
+  types = list(given.get("token_type") or [sp.NORMAL] * len(names))
+  for i in ends if bos is None else [bos, *ends]:
+    types[i] = sp.CONTROL  # some files call them user-defined: text, that is
+  tokenizer = kinds[kind](given | {"token_type": types})
+  ends += turn_ends(tokenizer)
   source = metadata.get("tokenizer.chat_template")
   return Vocabulary(
     tokenizer=tokenizer,
@@ -186,7 +190,7 @@ def _read_bpe(given: Mapping[str, Any]) -> ByteBPE:
       f"its tokenizer splits text by the rule {pre!r}, which is not known "
       f"here; known: {', '.join(sorted(SPLITS))}"
     )
-  types = given.get("token_type") or [sp.NORMAL] * len(tokens)
+  types = given["token_type"]
   form = {
     "version": "1.0",
     "truncation": None,
@@ -305,10 +309,8 @@ def _expressions(splitter: Mapping[str, Any]) -> Iterator[str]:
 
 def _read_pieces(given: Mapping[str, Any]) -> SentencePiece:
   """A SentencePiece model of the file's pieces."""
-  names = given["tokens"]
-  types = given.get("token_type") or [sp.NORMAL] * len(names)
+  names, types = given["tokens"], given["token_type"]
   if sp.UNKNOWN not in types:
-    types = list(types)
     types[given.get("unknown_token_id", 0)] = sp.UNKNOWN
   kind = sp.BPE if given["model"] == "llama" else sp.UNIGRAM
   pieces = sp.Pieces(

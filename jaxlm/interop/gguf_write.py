@@ -91,6 +91,9 @@ def write(
       f"cannot write {path}: {error.strerror or error}; free some space or "
       "choose another folder"
     ) from error
+  finally:
+    if writer.temp_file is not None:
+      writer.temp_file.close()
 
 
 def add(writer: Any, key: str, value: Any) -> None:

@@ -7,8 +7,7 @@ from typing import Any
 from jaxlm.data.chat import ChatTemplate
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
-from jaxlm.interop import beside
-from jaxlm.interop.load import load_all
+from jaxlm.interop import beside, load
 from jaxlm.models.decoder import Decoder
 
 Tree = Any
@@ -42,11 +41,15 @@ def read(path: str | Path, dtype: str = "float32") -> Pretrained:
     dtype: of the parameters.
 
   Raises:
-    UserError: if there is nothing, or nothing that can be read.
+    UserError: if there is nothing, or nothing that can be read, or a model
+      without a tokenizer.
   """
-  model, params, tokenizer = load_all(path, dtype)
+  model, params, tokenizer = load.load_all(path, dtype)
   if tokenizer is None:
-    raise UserError(f"{path} has no tokenizer, so it cannot read a text")
+    raise UserError(
+      f"no tokenizer.json or tokenizer.model in {path}, so it cannot be talked "
+      "to; jaxlm.load reads the model alone"
+    )
   said = beside.said(tokenizer)
   return Pretrained(
     model, params, tokenizer, said.template, said.ends, said.start
