@@ -18,7 +18,7 @@ from jaxlm.layers.moe import Capacity, Dense, MoE, Ragged
 from jaxlm.layers.param import init
 from jaxlm.layers.router import TopK
 
-DIM, HIDDEN, TOP_K, TOKENS, TURNS = 256, 256, 2, 2048, 8
+DIM, HIDDEN, TOP_K, TOKENS, TURNS = 256, 256, 2, 2048, 20
 
 
 def seconds(fn, *args) -> float:
