@@ -10,6 +10,7 @@ files hold the experts in MXFP4: see `jaxlm.interop.mxfp4`.
 
 from typing import Any
 
+from jaxlm.errors import UserError
 from jaxlm.layers.attention import Attention
 from jaxlm.layers.mask import Causal, Sliding
 from jaxlm.layers.mlp import GLU, ClippedShift, ClippedSiLU
@@ -176,12 +177,20 @@ def read(config: Config) -> Decoder:
 
 
 def _full(config: Config) -> tuple[int, ...] | None:
-  """The layers that see everything."""
-  kinds = config.get("layer_types")
+  """The layers that see everything.
+
+  Raises:
+    UserError: if `layer_types` does not have one of the two for each layer.
+  """
+  kinds, layers = config.get("layer_types"), config["num_hidden_layers"]
   if kinds is None:
     return None
-  for kind in kinds:
-    expect({"layer_types": kind}, layer_types=tuple(_KINDS))
+  if len(kinds) != layers or not set(kinds) <= set(_KINDS):
+    raise UserError(
+      f"the config's layer_types has {len(kinds)} entries for {layers} layers, "
+      f"of {', '.join(sorted(set(kinds)))}; give each layer one of "
+      f"{' and '.join(_KINDS)}"
+    )
   return tuple(i for i, kind in enumerate(kinds) if kind == "full_attention")
 
 
