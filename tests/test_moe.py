@@ -487,7 +487,7 @@ def test_balancing_wants_the_load():
 # --- Meshes -----------------------------------------------------------------
 
 
-def train(balance: str, rules=None, steps: int = 5):
+def train(balance: str, rules=None, steps: int = 5, devices=None):
   """A few steps of AdamW on eight rows: losses, loads, the last state."""
   model = tiny(balance=balance, ffn="glu")
   tx = optim.make(model.params(), 1e-2, optim.Optimizer(balance=0.01))
@@ -500,7 +500,7 @@ def train(balance: str, rules=None, steps: int = 5):
   batch = batch_of(random_tokens(steps, 1, 8, 9))
   if rules is None:
     return step(create(params, tx), batch)
-  mesh = make_mesh(rules)
+  mesh = make_mesh(rules, devices=devices)
   with jax.sharding.set_mesh(mesh):
     where = shardings(model.params(), mesh, rules)
     state = create(jax.device_put(params, where), tx)
@@ -536,6 +536,12 @@ def test_eight_devices_train_as_one(balance: str, rule: str):
   np.testing.assert_allclose(metrics["grad_norm"], want["grad_norm"], rtol=1e-3)
   if balance == "bias":
     close(correction(state.params), correction(want_state.params))
+
+
+def test_a_mesh_of_one_device_is_a_mesh():
+  """What the training program makes on a laptop."""
+  _, metrics = train("bias", preset("dp"), devices=jax.devices()[:1])
+  np.testing.assert_allclose(metrics["loss"], alone("bias")[1]["loss"], 1e-5)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxlm.errors import UserError
-from jaxlm.layers.compute import DEFAULT, Compute, active_mesh
+from jaxlm.layers.compute import DEFAULT, Compute
 from jaxlm.layers.kernels.grouped import Grouped
 from jaxlm.layers.linear import dot
 from jaxlm.layers.mlp import GLU, MLP, Report
@@ -285,10 +285,11 @@ class MoE:
 
     Each device routes its own rows and holds its share of every expert's
     hidden units; the sums over those, and the means a loss is a function of,
-    are joined by collectives.
+    are joined by collectives. A mesh of one device goes the same way: not
+    every primitive of a grouped product knows explicit axes.
     """
-    mesh = active_mesh()
-    if mesh is None:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
       return self._local(p, x, noise, compute)
     rows = compute.spec(("batch", None, None), x.shape) or PartitionSpec()
     split = self._split(compute, mesh)
