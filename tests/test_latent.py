@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import itertools
 import math
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -332,3 +334,23 @@ def test_scores_are_softmax_or_sigmoid():
   """One sentence with what is known."""
   with pytest.raises(UserError, match="'tanh' is neither 'softmax' nor 'sig"):
     deepseek.decoder(score="tanh")
+
+
+# --- The page ---------------------------------------------------------------
+
+
+def test_examples_of_the_page(capsys):
+  """Each block of docs/latent-attention.md runs and prints what it says."""
+  page = pathlib.Path(__file__).parents[1] / "docs" / "latent-attention.md"
+  blocks = re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.S)
+  names: dict = {}
+  for block in blocks:
+    exec(compile(block, str(page), "exec"), names)
+  printed = capsys.readouterr().out.splitlines()
+  said = re.findall(r"^print\(.*\)  # (.*)$", "\n".join(blocks), re.M)
+  assert len(said) == 5
+  assert printed == said
+  table = page.read_text("utf-8")
+  for name in ("llama2-7b", "llama3-70b", "deepseek-v2-lite", "deepseek-v3"):
+    size = 2 * names["per_token"](name)
+    assert f"| {size:,} | {size * 2**17 / 2**30:.1f} GiB |" in table
