@@ -10,6 +10,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import NamedSharding
 
@@ -28,6 +29,7 @@ from jaxlm.layers.position import Rope, Yarn
 from jaxlm.models import hub
 from jaxlm.models.decoder import Block, Decoder, forward
 from jaxlm.models.families import deepseek
+from jaxlm.optim import qk_clip
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.parallel.rules import preset
 
@@ -165,6 +167,30 @@ def test_reports_the_largest_logit():
   np.testing.assert_allclose(
     twice["max_logits"], 2 * report["max_logits"], rtol=1e-5
   )
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("alpha", [0.5, 0.3])
+def test_qk_clip_bounds_the_logits(name: str, alpha: float):
+  """Heads above tau come down to it, others stay; the shared key is whole."""
+  layer = LAYERS[name]
+  p, x = random(layer.params()), inputs()
+  watch = Compute(watch=True)
+  old = layer(p, x, compute=watch)[1]["max_logits"]
+  tau = float(jnp.median(old))
+  assert (old > tau).any()
+  tx = qk_clip({"mixer": layer.params()}, tau, alpha)
+  params = {"mixer": p}
+  updates, _ = tx.update(
+    jax.tree.map(jnp.zeros_like, params),
+    tx.init(params),
+    params,
+    max_logits={"mixer": old},
+  )
+  moved = optax.apply_updates(params, updates)["mixer"]
+  new = layer(moved, x, compute=watch)[1]["max_logits"]
+  np.testing.assert_allclose(new, jnp.minimum(old, tau), rtol=1e-4)
+  assert not updates["mixer"]["rope"].any()
 
 
 # --- The cache --------------------------------------------------------------

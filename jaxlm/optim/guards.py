@@ -106,13 +106,17 @@ def qk_clip(tree: Tree, tau: float, alpha: float = 0.5) -> Transform:
   min(1, tau / max logit) of a head, its key weights are multiplied by γ¹⁻ᵅ and
   its query weights by γᵅ, so the next forward pass stays near `tau`. Where
   query heads share a key head, the key's γ is the smallest of its group, and
-  each query takes what is missing: heads below `tau` keep their logits.
+  each query takes what is missing: heads below `tau` keep their logits. In
+  latent attention the key that turns is one for all heads and stays, so the
+  part of a query that meets it is multiplied by γ.
 
   Chain it last: it acts on the parameters as they will be after the update.
 
   Args:
     tree: nested dicts of `Param`; attention is found as a dict with `q` [...,
-      embed, heads, head_dim] and `k` [..., embed, kv_heads, head_dim].
+      embed, heads, head_dim] and `k` [..., embed, kv_heads, head_dim], or,
+      where it is latent, with `k_up` [..., latent, heads, nope] and `q` or
+      `q_up` [..., embed or latent, heads, nope + rope].
     tau: the largest logit allowed; Kimi K2 took 100.
     alpha: the query's share of the shrinking.
 
@@ -159,7 +163,8 @@ def _attentions(tree: Tree, path: str) -> list[tuple[str, dict[str, Any]]]:
   """Every dict that has queries and keys, by its path."""
   if not isinstance(tree, dict):
     return []
-  if isinstance(tree.get("q"), Param) and isinstance(tree.get("k"), Param):
+  plain = isinstance(tree.get("q"), Param) and isinstance(tree.get("k"), Param)
+  if plain or isinstance(tree.get("k_up"), Param):
     return [(path, tree)]
   prefix = path + "/" if path else ""
   return [
@@ -174,8 +179,10 @@ def _factors(
 
   `peak` is [..., heads].
   """
-  groups = module["k"].shape[module["k"].axes.index("kv_heads")]
   gamma = jnp.minimum(1.0, tau / jnp.maximum(peak, 1e-6))
+  if "k_up" in module:
+    return _latent_factors(path, module, gamma, alpha)
+  groups = module["k"].shape[module["k"].axes.index("kv_heads")]
   shared = gamma.reshape(*gamma.shape[:-1], groups, -1).min(-1)
   key = shared ** (1 - alpha)
   query = gamma / jnp.repeat(key, gamma.shape[-1] // groups, axis=-1)
@@ -189,6 +196,24 @@ def _factors(
         f_ = jnp.expand_dims(f, (*between, *range(at + 1, len(p.axes))))
         factors[f"{path}/{leaf}".lstrip("/")] = f_
   return factors
+
+
+def _latent_factors(
+  path: str, module: dict[str, Any], gamma: Array, alpha: float
+) -> dict[str, Array]:
+  """As `_factors`, of latent attention; `gamma` is [..., heads]."""
+  name = "q" if "q" in module else "q_up"
+  q, k = module[name], module["k_up"]
+  still = jnp.arange(q.shape[-1]) < k.shape[-1]
+  powers = jnp.where(still, alpha, 1.0).reshape((1,) * gamma.ndim + (-1,))
+  both = {
+    name: gamma[..., None] ** powers,
+    "k_up": gamma[..., None] ** (1 - alpha),
+  }
+  return {
+    f"{path}/{leaf}".lstrip("/"): jnp.expand_dims(f, q.n_stacked)
+    for leaf, f in both.items()
+  }
 
 
 # --- Experts ----------------------------------------------------------------
