@@ -141,10 +141,7 @@ def test_text_models_in_files_that_see_images(name: str):
     family.read({"model_type": family.type})
 
 
-GAPS = ["bitnet", "gemma2", "gemma3", "llama", "llama4", "nanochat", "olmo2"]
-
-
-@pytest.mark.parametrize("name", GAPS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("gone", ["absent", "null"])
 def test_configs_with_a_key_less(name: str, gone: str):
   """What a config.json lacks is a default or one sentence, never a crash."""

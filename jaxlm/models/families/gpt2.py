@@ -14,7 +14,7 @@ from jaxlm.layers.norm import LayerNorm
 from jaxlm.layers.param import Normal
 from jaxlm.layers.position import Learned
 from jaxlm.models.decoder import Block, Decoder
-from jaxlm.models.hub import Config, Hub, expect
+from jaxlm.models.hub import Config, Hub, expect, given
 from jaxlm.models.names import Joined, Names
 
 
@@ -99,10 +99,11 @@ _NAMES = Names(
 
 def read(config: Config) -> Decoder:
   """A config.json of `model_type` gpt2."""
+  dim = given(config, "n_embd", 768)
   expect(
     config,
     activation_function=("gelu_new", "gelu_pytorch_tanh"),
-    n_inner=4 * config["n_embd"],
+    n_inner=4 * dim,
     layer_norm_epsilon=1e-5,
     tie_word_embeddings=True,
     scale_attn_weights=True,
@@ -110,11 +111,11 @@ def read(config: Config) -> Decoder:
     add_cross_attention=False,
   )
   return decoder(
-    vocab=config["vocab_size"],
-    dim=config["n_embd"],
-    layers=config["n_layer"],
-    heads=config["n_head"],
-    max_positions=config["n_positions"],
+    vocab=given(config, "vocab_size", 50257),
+    dim=dim,
+    layers=given(config, "n_layer", 12),
+    heads=given(config, "n_head", 12),
+    max_positions=given(config, "n_positions", 1024),
   )
 
 

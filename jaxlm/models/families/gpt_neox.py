@@ -19,6 +19,7 @@ from jaxlm.models.hub import (
   Config,
   Hub,
   expect,
+  given,
   read_rope,
   sizes,
   write_rope,
@@ -140,13 +141,13 @@ def read(config: Config) -> Decoder:
   """A config.json of `model_type` gpt_neox."""
   defaults = {"hidden_act": "gelu", "max_position_embeddings": 2048}
   defaults |= {"rotary_emb_base": 10000.0, "rotary_pct": 0.25}
-  config = defaults | dict(config)
-  given = sizes(config, "kv_heads", "head_dim", "eps")
+  config = dict(config) | {k: given(config, k, v) for k, v in defaults.items()}
+  found = sizes(config, "kv_heads", "head_dim", "eps")
   expect(
     config,
     hidden_act=tuple(_ACTS),
-    head_dim=given["dim"] // given["heads"],
-    num_key_value_heads=given["heads"],
+    head_dim=found["dim"] // found["heads"],
+    num_key_value_heads=found["heads"],
   )
   older = {
     "rope_theta": config["rotary_emb_base"],
@@ -154,14 +155,14 @@ def read(config: Config) -> Decoder:
   }
   rope = read_rope(older | config)
   return decoder(
-    **given,
+    **found,
     theta=rope.theta,
     fraction=rope.fraction,
     scaling=rope.scaling,
     act=_ACTS[config["hidden_act"]],
-    parallel=config.get("use_parallel_residual", True),
-    bias=config.get("attention_bias", True),
-    eps=config.get("layer_norm_eps", 1e-5),
+    parallel=given(config, "use_parallel_residual", True),
+    bias=given(config, "attention_bias", True),
+    eps=given(config, "layer_norm_eps", 1e-5),
   )
 
 

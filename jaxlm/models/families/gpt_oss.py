@@ -25,6 +25,7 @@ from jaxlm.models.hub import (
   Config,
   Hub,
   expect,
+  given,
   read_rope,
   sizes,
   write_rope,
@@ -160,18 +161,18 @@ def read(config: Config) -> Decoder:
   expect(config, hidden_act="silu", partial_rotary_factor=1.0)
   silent = not {"rope_parameters", "rope_scaling"} & config.keys()
   rope = read_rope(_ROPE | dict(config) if silent else config, theta=150000.0)
-  balance = config.get("router_aux_loss_coef", 0.001)
+  balance = given(config, "router_aux_loss_coef", 0.001)
   return decoder(
     **sizes(config, **_DEFAULTS),
-    experts=config.get("num_local_experts", 128),
-    top_k=config.get("num_experts_per_tok", 4),
-    window=config.get("sliding_window", 128),
+    experts=given(config, "num_local_experts", 128),
+    top_k=given(config, "num_experts_per_tok", 4),
+    window=given(config, "sliding_window", 128),
     full=_full(config),
-    limit=config.get("swiglu_limit", 7.0),
-    slope=config.get("swiglu_alpha", 1.702),
+    limit=given(config, "swiglu_limit", 7.0),
+    slope=given(config, "swiglu_alpha", 1.702),
     theta=rope.theta,
     scaling=rope.scaling,
-    bias=config.get("attention_bias", True),
+    bias=given(config, "attention_bias", True),
     balance=balance if config.get("output_router_logits") else 0.0,
   )
 

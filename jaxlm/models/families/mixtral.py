@@ -20,6 +20,7 @@ from jaxlm.models.hub import (
   Config,
   Hub,
   expect,
+  given,
   read_rope,
   sizes,
   write_rope,
@@ -112,11 +113,11 @@ def read(config: Config) -> Decoder:
   expect(config, hidden_act="silu", partial_rotary_factor=1.0)
   rope = read_rope(config, theta=1e6)
   defaults = {"num_key_value_heads": 8, "max_position_embeddings": 131072}
-  balance = config.get("router_aux_loss_coef", 0.001)
+  balance = given(config, "router_aux_loss_coef", 0.001)
   return decoder(
     **sizes(config, rms_norm_eps=1e-5, **defaults),
-    experts=config.get("num_local_experts", 8),
-    top_k=config.get("num_experts_per_tok", 2),
+    experts=given(config, "num_local_experts", 8),
+    top_k=given(config, "num_experts_per_tok", 2),
     window=config.get("sliding_window"),
     theta=rope.theta,
     scaling=rope.scaling,

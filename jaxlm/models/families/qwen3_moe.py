@@ -20,6 +20,7 @@ from jaxlm.models.hub import (
   Config,
   Hub,
   expect,
+  given,
   read_rope,
   sizes,
   write_rope,
@@ -136,17 +137,19 @@ def read(config: Config) -> Decoder:
     partial_rotary_factor=1.0,
   )
   defaults = {"num_key_value_heads": 4, "max_position_embeddings": 32768}
-  given = sizes(config, rms_norm_eps=1e-6, **defaults)
-  given.setdefault("head_dim", given["dim"] // given["heads"])
+  found = sizes(config, rms_norm_eps=1e-6, **defaults)
+  found.setdefault("head_dim", found["dim"] // found["heads"])
   rope = read_rope(config)
-  balance = config.get("router_aux_loss_coef", 0.001)
+  balance = given(config, "router_aux_loss_coef", 0.001)
   return decoder(
-    **given,
-    expert_dim=config.get("moe_intermediate_size", 768),
-    experts=config.get("num_experts", config.get("num_local_experts", 128)),
-    top_k=config.get("num_experts_per_tok", 8),
-    normalise=config.get("norm_topk_prob", False),
-    dense=_dense(config, given["layers"]),
+    **found,
+    expert_dim=given(config, "moe_intermediate_size", 768),
+    experts=given(
+      config, "num_experts", given(config, "num_local_experts", 128)
+    ),
+    top_k=given(config, "num_experts_per_tok", 8),
+    normalise=given(config, "norm_topk_prob", False),
+    dense=_dense(config, found["layers"]),
     theta=rope.theta,
     scaling=rope.scaling,
     balance=balance if config.get("output_router_logits") else 0.0,
@@ -155,7 +158,7 @@ def read(config: Config) -> Decoder:
 
 def _dense(config: Config, layers: int) -> set[int]:
   """The layers without experts: those named, and all but every n-th."""
-  step = config.get("decoder_sparse_step", 1)
+  step = given(config, "decoder_sparse_step", 1)
   named = set(config.get("mlp_only_layers") or ())
   return named | {i for i in range(layers) if (i + 1) % step}
 
