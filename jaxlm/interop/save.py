@@ -97,11 +97,9 @@ def _save_hub(
   family = hub.recognise(model)
   made = Made(model, family, params, dtype)
   widest = max({str(d) for _, d in made.shapes.values()}, key=_rank)
-  config = family.config(model) | {"dtype": widest}
+  config = family.config(model) | {"dtype": widest} | _special_ids(tokenizer)
   if "quantization_config" in config:  # one kind is written: ternary
     made = packed.Packed(made, made.shapes)
-  if tokenizer is not None and tokenizer.eot is not None:
-    config["eos_token_id"] = tokenizer.eot
   with _new_folder(path) as folder:
     _write_shards(folder, made, shard_size)
     if tokenizer is not None:
@@ -111,6 +109,19 @@ def _save_hub(
           files.write(folder / name, content.decode())
     # Last, for without it the rest is no model.
     files.write(folder / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def _special_ids(tokenizer: Tokenizer | None) -> dict[str, Any]:
+  """Ids for the config: null where nothing is known, or a default would hold.
+
+  The defaults of `transformers` are those of a family's first model.
+  """
+  ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+  if tokenizer is None:
+    return ids
+  said = beside.said(tokenizer)
+  ends = list(said.ends) if len(said.ends) > 1 else next(iter(said.ends), None)
+  return ids | {"bos_token_id": said.bos, "eos_token_id": ends}
 
 
 def _rank(dtype: str) -> int:

@@ -58,6 +58,7 @@ class Source:
     """
     names = self.hub.names
     extra = names.extra(self.model, list(self.tensors))
+    extra = [name for name in extra if not self._is_tied(name)]
     if extra:
       more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
       raise UserError(
@@ -73,6 +74,19 @@ class Source:
     except UserError as error:
       raise UserError(f"{self.path}: {error}") from error
     return entries
+
+  def _is_tied(self, name: str) -> bool:
+    """Whether a tensor is but a copy of the embedding, as some files have."""
+    table = {line[0]: line[1] for line in self.hub.names.table}
+    if not self.model.tied or name != table.get("head"):
+      return False
+    embedding = self.tensors[table["embed/tokens"]]
+    if not np.array_equal(self.tensors[name], embedding):
+      raise UserError(
+        f"{self.path}: the config says that the head is the embedding, but "
+        f"{name!r} differs from it; set tie_word_embeddings to false"
+      )
+    return True
 
   def read(self, entry: Entry) -> np.ndarray:
     """One tensor, checked; `check` has seen that it is there."""

@@ -224,7 +224,7 @@ def write(
   with open(path, "wb") as file:
     file.write(len(text).to_bytes(8, "little") + text)
     for name, (shape, dtype) in shapes.items():
-      x = np.ascontiguousarray(make(name))
+      x = np.asarray(make(name), order="C")
       assert (x.shape, x.dtype) == (tuple(shape), jnp.dtype(dtype)), name
       file.write(x.reshape(-1).view(np.uint8).data)
     file.flush()
