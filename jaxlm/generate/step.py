@@ -42,6 +42,19 @@ def prefill(
   Returns:
     The last hidden states `[batch, 1, dim]`, and the cache.
   """
+  x, cache = read(model, params, tokens, lengths, length, compute)
+  return x[:, -1:], cache
+
+
+def read(
+  model: Decoder,
+  params: Tree,
+  tokens: Array,
+  lengths: Array,
+  length: int,
+  compute: Compute = UNROLLED,
+) -> tuple[Array, Tree]:
+  """`prefill`, with all hidden states `[batch, seq, dim]`."""
   batch, seq = tokens.shape
   cache = empty(model.cache(batch, length), compute.jnp_dtype)
   if compute.unroll:
@@ -51,7 +64,7 @@ def prefill(
   x, cache = hidden(
     model, params, tokens, At(positions=positions), cache, compute
   )
-  return x[:, -1:], cache
+  return x, cache
 
 
 def step(
