@@ -21,7 +21,16 @@ import numpy as np
 from flax import struct
 
 from jaxlm.errors import UserError
+from jaxlm.generate.automaton import (
+  Constraint,
+  Course,
+  insist,
+  keep_open,
+  moved,
+  open_tokens,
+)
 from jaxlm.generate.filters import Seen
+from jaxlm.generate.new import New, no_tokens, noted, put
 from jaxlm.generate.prompts import Prompts, Rows, check
 from jaxlm.generate.samplers import Greedy, Sampler
 from jaxlm.generate.step import UNROLLED, prefill, step, take
@@ -47,6 +56,7 @@ def generate(
   eot: int | Sequence[int] | None = None,
   slide: bool = False,
   samples: int = 1,
+  constraint: Constraint | None = None,
   compute: Compute = UNROLLED,
 ) -> Array:
   """Continues sequences of tokens.
@@ -69,6 +79,8 @@ def generate(
       half of them again and go on from there; else that is an error.
     samples: continuations of each prompt, in neighbouring rows of the result;
       the prompt is read once for all of them.
+    constraint: what the new tokens have to spell, as `constraints.compile`
+      makes it; its tokenizer says what ends them, unless `eot` does.
     compute: how to run; with `unroll` the layers are written out.
 
   Returns:
@@ -77,11 +89,20 @@ def generate(
 
   Raises:
     UserError: for an empty prompt, tokens outside the vocabulary, logits that
-      are NaN, or more tokens than the model has positions for.
+      are NaN, more tokens than the model has positions for, or a constraint
+      that cannot be satisfied with so many.
   """
   method = Method(model, sampler, compute)
   prompts = check(
-    model, tokens, max_new_tokens, key, lengths, eot, slide, samples
+    model,
+    tokens,
+    max_new_tokens,
+    key,
+    lengths,
+    eot,
+    slide,
+    samples,
+    constraint,
   )
   found = _all(method, params, prompts, max_new_tokens)
   text = np.repeat(prompts.tokens, samples, axis=0)
@@ -101,6 +122,7 @@ def scored(
   eot: int | Sequence[int] | None = None,
   slide: bool = False,
   samples: int = 1,
+  constraint: Constraint | None = None,
   compute: Compute = UNROLLED,
 ) -> "New":
   """The new tokens of `generate`, with log-probabilities.
@@ -111,7 +133,15 @@ def scored(
   """
   method = Method(model, sampler, compute, top)
   prompts = check(
-    model, tokens, max_new_tokens, key, lengths, eot, slide, samples
+    model,
+    tokens,
+    max_new_tokens,
+    key,
+    lengths,
+    eot,
+    slide,
+    samples,
+    constraint,
   )
   return _all(method, params, prompts, max_new_tokens)
 
@@ -128,6 +158,7 @@ def stream(
   eot: int | Sequence[int] | None = None,
   slide: bool = False,
   samples: int = 1,
+  constraint: Constraint | None = None,
   compute: Compute = UNROLLED,
   pace: float = 0.02,
 ) -> Iterator[np.ndarray]:
@@ -140,7 +171,15 @@ def stream(
   """
   method = Method(model, sampler, compute)
   prompts = check(
-    model, tokens, max_new_tokens, key, lengths, eot, slide, samples
+    model,
+    tokens,
+    max_new_tokens,
+    key,
+    lengths,
+    eot,
+    slide,
+    samples,
+    constraint,
   )
   blocks = _blocks(method, params, prompts, max_new_tokens, pace)
   return (token for block in blocks for token in block.tokens.T)
@@ -186,24 +225,11 @@ class Method:
 
 
 @struct.dataclass
-class New:
-  """New tokens, and how likely the model found them.
+class Given:
+  """What every step reads and none changes: parameters and a constraint."""
 
-  Attributes:
-    tokens: int32 [rows, some].
-    logprobs: of those tokens, float32 [rows, some]; None unless asked for.
-    top_tokens: the likeliest tokens in their place, int32 [rows, some, top].
-    top_logprobs: of those, float32 [rows, some, top].
-  """
-
-  tokens: Any
-  logprobs: Any = None
-  top_tokens: Any = None
-  top_logprobs: Any = None
-
-  def between(self, start: int, end: int) -> "New":
-    """Copies of those from `start` up to `end`."""
-    return jax.tree.map(lambda x: np.array(x)[:, start:end], self)
+  params: Tree
+  constraint: Any
 
 
 @struct.dataclass
@@ -234,7 +260,7 @@ def _begin(
   method: Method,
   length: int,
   samples: int,
-  params: Tree,
+  given: Given,
   tokens: Array,
   lengths: Array,
   rows: Rows,
@@ -242,7 +268,7 @@ def _begin(
   """Reads prompts `[batch, seq]` into a cache of `length`; one new token."""
   batch, seq = tokens.shape
   x, cache = prefill(
-    method.model, params, tokens, lengths, length, method.compute
+    method.model, given.params, tokens, lengths, length, method.compute
   )
   who = jnp.repeat(jnp.arange(batch, dtype=jnp.int32), samples)
   here = jnp.arange(seq, dtype=jnp.int32)[None] >= seq - lengths[:, None]
@@ -253,29 +279,15 @@ def _begin(
     cache=cache if samples == 1 else take(cache, who, method.compute),
     position=lengths[who] - 1,
     seen=Seen(text[who], jnp.maximum(seq - rows.made, 0), jnp.int32(seq)),
-    new=_no_tokens(method, batch * samples, length, rows.eot[0]),
+    new=no_tokens(batch * samples, length, rows.eot[0], method.top),
     filled=jnp.int32(0),
     broken=jnp.zeros(batch * samples, bool),
   )
-  return _choose(method, params, state, x[who])
-
-
-def _no_tokens(method: Method, rows: int, room: int, eot: Array) -> New:
-  """Places for `room` new tokens of each row."""
-  tokens = jnp.broadcast_to(eot, (rows, room))
-  if method.top is None:
-    return New(tokens)
-  many = (rows, room, method.top)
-  return New(
-    tokens,
-    jnp.zeros((rows, room), jnp.float32),
-    jnp.zeros(many, jnp.int32),
-    jnp.zeros(many, jnp.float32),
-  )
+  return _choose(method, given, state, x[who])
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _extend(method: Method, params: Tree, state: State, until: Array) -> State:
+def _extend(method: Method, given: Given, state: State, until: Array) -> State:
   """Adds tokens until `until` of them are new, or all rows have ended."""
 
   def go_on(state: State) -> Array:
@@ -285,71 +297,51 @@ def _extend(method: Method, params: Tree, state: State, until: Array) -> State:
     last = jax.lax.dynamic_slice_in_dim(
       state.seen.tokens, state.seen.end - 1, 1, axis=1
     )
-    return _advance(method, params, state, last)
+    return _advance(method, given, state, last)
 
   return jax.lax.while_loop(go_on, advance, state)
 
 
 def _advance(
-  method: Method, params: Tree, state: State, tokens: Array
+  method: Method, given: Given, state: State, tokens: Array
 ) -> State:
   """Reads the last token of each row, `[rows, 1]`, and chooses the next."""
   x, cache = step(
     method.model,
-    params,
+    given.params,
     tokens,
     state.position,
     state.cache,
     method.compute,
   )
-  return _choose(method, params, state.replace(cache=cache), x)
+  return _choose(method, given, state.replace(cache=cache), x)
 
 
-def _choose(method: Method, params: Tree, state: State, x: Array) -> State:
+def _choose(method: Method, given: Given, state: State, x: Array) -> State:
   """Chooses the next token of each row from hidden states `[rows, 1, dim]`."""
   rows, seen = state.rows, state.seen
-  scores = logits(method.model, params, x, method.compute)[:, 0]
+  scores = logits(method.model, given.params, x, method.compute)[:, 0]
+  open_ = open_tokens(given.constraint, rows.place, rows.made, scores.shape[1])
 
   def choose(row: Array, key: Array, tokens: Array) -> Array:
     one = seen.replace(tokens=tokens[None])
     return method.sampler(row[None], jax.random.fold_in(key, rows.made), one)[0]
 
-  token = jax.vmap(choose)(scores, rows.keys, seen.tokens)
+  kept = keep_open(scores, open_)
+  token = jax.vmap(choose)(kept, rows.keys, seen.tokens)
+  token = insist(token, open_, scores)
   token = jnp.where(rows.ended, rows.eot[0], token)
   ended = rows.ended | jnp.any(token[:, None] == rows.eot[None], axis=1)
+  place = moved(given.constraint, rows.place, token)
   return state.replace(
-    rows=rows.replace(made=rows.made + 1, ended=ended),
+    rows=rows.replace(made=rows.made + 1, ended=ended, place=place),
     position=state.position + 1,
     seen=seen.replace(
-      tokens=_put(seen.tokens, token, seen.end), end=seen.end + 1
+      tokens=put(seen.tokens, token, seen.end), end=seen.end + 1
     ),
-    new=_noted(method, state.new, scores, token, state.filled),
+    new=noted(state.new, scores, token, state.filled, method.top),
     filled=state.filled + 1,
     broken=state.broken | jnp.isnan(jnp.max(scores, axis=-1)),
-  )
-
-
-def _put(table: Array, column: Array, place: Array) -> Array:
-  """`table` [rows, room, ...] with `column` [rows, ...] at `place`."""
-  return jax.lax.dynamic_update_slice_in_dim(
-    table, column[:, None], place, axis=1
-  )
-
-
-def _noted(
-  method: Method, new: New, scores: Array, token: Array, place: Array
-) -> New:
-  """The new tokens with one more, and what is to be told of it."""
-  new = new.replace(tokens=_put(new.tokens, token, place))
-  if method.top is None:
-    return new
-  log_p = jax.nn.log_softmax(scores, axis=-1)
-  own = jnp.take_along_axis(log_p, token[:, None], axis=-1)[:, 0]
-  best, which = jax.lax.top_k(log_p, method.top)
-  return new.replace(
-    logprobs=_put(new.logprobs, own, place),
-    top_tokens=_put(new.top_tokens, which, place),
-    top_logprobs=_put(new.top_logprobs, best, place),
   )
 
 
@@ -362,7 +354,7 @@ def _all(method: Method, params: Tree, prompts: Prompts, n: int) -> New:
   blocks = [*_blocks(method, params, prompts, n, pace=None)]
   made = sum(block.tokens.shape[1] for block in blocks)
   rest = jax.eval_shape(
-    lambda: _no_tokens(method, rows, n - made, prompts.rows.eot[0])
+    lambda: no_tokens(rows, n - made, prompts.rows.eot[0], method.top)
   )
   fill = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), rest)
   fill = fill.replace(tokens=fill.tokens + prompts.rows.eot[0])
@@ -380,6 +372,7 @@ def _blocks(
   half = max(most // 2, 1)
   params = ready(method.model, params, method.compute)
   text, lengths, rows, made = prompts.tokens, prompts.lengths, prompts.rows, 0
+  course = prompts.course
   samples = len(rows.ended) // len(text)
   seq, length = _sizes(most, half, int(lengths.max()), n)
   while made < n:
@@ -389,17 +382,20 @@ def _blocks(
     room = min(n - made, most + 1 - longest)
     tokens = np.zeros((len(text), seq), np.int32)
     tokens[:, seq - longest :] = text[:, text.shape[1] - longest :]
-    state = _begin(method, length, samples, params, tokens, lengths, rows)
+    given = Given(params, course.now())
+    state = _begin(method, length, samples, given, tokens, lengths, rows)
     if samples > 1:  # from here on every sample has a text of its own
       text, lengths = (np.repeat(x, samples, axis=0) for x in (text, lengths))
       samples = 1
-    for ended, block in _window(method, params, state, room, pace):
+    blocks = _window(method, given, course, state, room, pace)
+    for state, block in blocks:
       yield block
       text = np.concatenate([text, block.tokens], axis=1)[:, -most:]
       made += block.tokens.shape[1]
       # NumPy's, like the first ones: arrays that live on a device are another
       # kind of argument, for which the program would be compiled again.
-      rows = rows.replace(made=np.int32(made), ended=ended)
+      ended, place = (np.array(x) for x in (state.rows.ended, state.rows.place))
+      rows = rows.replace(made=np.int32(made), ended=ended, place=place)
     if rows.ended.all():
       return
     lengths = lengths + room
@@ -417,27 +413,36 @@ def _sizes(most: int, half: int, longest: int, n: int) -> tuple[int, int]:
 
 
 def _window(
-  method: Method, params: Tree, state: State, room: int, pace: float | None
-) -> Iterator[tuple[np.ndarray, New]]:
-  """Which rows have ended, `[rows]`, and new tokens, up to `room` in all.
+  method: Method,
+  given: Given,
+  course: Course,
+  state: State,
+  room: int,
+  pace: float | None,
+) -> Iterator[tuple[State, New]]:
+  """The state again and again, and new tokens, up to `room` in all.
 
-  The size of a block follows from the time the last one took. The first token
-  is the one that reading the prompt has made.
+  The size of a block follows from the time the last one took, unless the host
+  has to look at every token. The first token is the one that reading the
+  prompt has made.
   """
   done, size = 0, room if pace is None else 1
   while done < room:
     began = time.perf_counter()
-    until = min(done + size, room)
-    state = _extend(method, params, state, np.int32(until))
+    until = min(done + (course.stride or size), room)
+    given = given.replace(constraint=course.now())
+    state = _extend(method, given, state, np.int32(until))
     # Copies: the buffers themselves are given to the next call.
-    filled, ended = int(state.filled), np.array(state.rows.ended)
+    filled = int(state.filled)
     new = state.new.between(done, filled)
     _check_scores(state)
+    course.read(new.tokens)
     took, done = time.perf_counter() - began, filled
     if pace is not None:
       size = size * 2 if 2 * took < pace else max(1, size // 2)
-    yield ended, new
-    if ended.all():
+    ended = np.all(state.rows.ended)
+    yield state, new
+    if ended:
       return
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from flax import struct
 
 from jaxlm.errors import UserError
+from jaxlm.generate.automaton import Constraint, Course, ends_of, follow
 from jaxlm.layers.position import Learned
 from jaxlm.models.decoder import Decoder
 
@@ -25,12 +26,14 @@ class Rows:
     made: number of new tokens so far, int32.
     ended: rows that have ended, bool [rows].
     eot: the tokens that end a row, int32 [some]; -1 for none.
+    place: the state of each row in a constraint, int32 [rows].
   """
 
   keys: Array
   made: Array
   ended: Array
   eot: Array
+  place: Array
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,13 @@ class Prompts:
     lengths: how many tokens of each row are its prompt, int32 [batch].
     rows: keys and ends; several in a row for each prompt where it is to be
       continued more than once.
+    course: what they have to follow, perhaps nothing.
   """
 
   tokens: np.ndarray
   lengths: np.ndarray
   rows: Rows
+  course: Course
 
 
 def pad_left(
@@ -92,6 +97,7 @@ def check(
   eot: int | Sequence[int] | None,
   slide: bool,
   samples: int = 1,
+  constraint: Constraint | None = None,
 ) -> Prompts:
   """What the caller of `generate` gave, if it makes sense.
 
@@ -105,14 +111,17 @@ def check(
   if samples < 1:
     raise UserError(f"samples={samples} of each prompt; use 1 or more")
   _check_room(model, int(lengths.max()), n, slide)
+  eot = ends_of(constraint, eot)
   ends = [-1] if eot is None else np.atleast_1d(np.asarray(eot))
   rows = Rows(
     keys=row_keys(key, len(tokens) * samples),
     made=np.int32(0),
     ended=np.zeros(len(tokens) * samples, bool),
     eot=np.array(ends, np.int32),
+    place=np.zeros(len(tokens) * samples, np.int32),
   )
-  return Prompts(tokens, lengths, rows)
+  course = follow(constraint, model.vocab, rows.eot, n, len(rows.ended))
+  return Prompts(tokens, lengths, rows, course)
 
 
 def _checked_tokens(model: Decoder, tokens: Any) -> np.ndarray:
