@@ -424,7 +424,8 @@ def test_layer_flops_count_what_the_mask_lets_through():
 
 def written(length: int, *chunks: list[int]) -> np.ndarray:
   """The positions a one-row cache holds after these chunks, sorted."""
-  cache = kv.empty(kv.kv_cache(1, length, 1, 1, 1))
+  token = kv.heads(1, 1, 1, Causal())
+  cache = kv.empty(kv.FULL.declare(token, 1, length, Causal()))
   for chunk in chunks:
     where = jnp.array([chunk], jnp.int32)
     values = where.astype(jnp.float32)[..., None, None]

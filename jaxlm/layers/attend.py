@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import PartitionSpec
 
+from jaxlm.errors import UserError
 from jaxlm.layers.compute import Compute, active_mesh
 from jaxlm.layers.kernels.blocks import attend_causal
 from jaxlm.layers.mask import Mask, PrefixLM
@@ -54,6 +55,22 @@ class At:
     return self.positions is None and self.segments is None
 
 
+@struct.dataclass
+class Moved:
+  """The first keys, which queries meet as if these stood elsewhere.
+
+  Attributes:
+    q: the queries for them, `[batch, seq, heads, head_dim]`.
+    positions: where the queries stand for them, `[batch, seq]`; the mask still
+      goes by where they really stand.
+    keys: how many keys are meant.
+  """
+
+  q: Array
+  positions: Array
+  keys: int = struct.field(pytree_node=False)
+
+
 def visible(mask: Mask, at: At, keys: At, t: int, s: int) -> Array:
   """Which key each query sees: bool [batch or 1, t, s]."""
   q = jnp.arange(t)[None] if at.positions is None else at.positions
@@ -82,22 +99,17 @@ def attend_reference(
   sinks: Array | None = None,
   slopes: Array | None = None,
   bias: Array | None = None,
+  moved: Moved | None = None,
 ) -> Array:
   """The definition; see `attend` for the arguments."""
-  b, t, n, h = q.shape
+  b, t, n = q.shape[:3]
   s, groups = k.shape[1], k.shape[2]
   see = visible(mask, at, keys, t, s)[:, None, None]
-  q = q.reshape(b, t, groups, n // groups, h)
-  scores = jnp.einsum(
-    "btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32
-  )
-  scores = scores * scale
+  scores = _products(q, k, moved) * scale
   if softcap is not None:
     scores = soft_cap(scores, softcap)
   if slopes is not None:
-    i = jnp.arange(t)[None] if at.positions is None else at.positions
-    j = jnp.arange(s)[None] if keys.positions is None else keys.positions
-    away = (j[:, None, :] - i[:, :, None]).astype(jnp.float32)[:, None, None]
+    away = _distances(at, keys, t, s, moved)[:, None, None]
     scores = scores + slopes.reshape(1, groups, n // groups, 1, 1) * away
   if bias is not None:
     scores = scores + bias.reshape(-1, groups, n // groups, t, s)
@@ -113,6 +125,30 @@ def attend_reference(
   return out.astype(v.dtype).reshape(b, t, n, v.shape[-1])
 
 
+def _products(q: Array, k: Array, moved: Moved | None) -> Array:
+  """Queries times keys, float32 [batch, kv_heads, group, seq, keys]."""
+  if moved is not None:
+    n = moved.keys
+    parts = _products(moved.q, k[:, :n], None), _products(q, k[:, n:], None)
+    return jnp.concatenate(parts, axis=-1)
+  b, t, n, h = q.shape
+  q = q.reshape(b, t, k.shape[2], n // k.shape[2], h)
+  return jnp.einsum(
+    "btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32
+  )
+
+
+def _distances(at: At, keys: At, t: int, s: int, moved: Moved | None) -> Array:
+  """From each query on to each key, float32 [batch or 1, seq, keys]."""
+  i = jnp.arange(t)[None] if at.positions is None else at.positions
+  j = jnp.arange(s)[None] if keys.positions is None else keys.positions
+  away = j[:, None, :] - i[:, :, None]
+  if moved is not None:
+    first = j[:, None, : moved.keys] - moved.positions[:, :, None]
+    away = jnp.concatenate([first, away[:, :, moved.keys :]], axis=-1)
+  return away.astype(jnp.float32)
+
+
 def largest_logits(
   q: Array, k: Array, mask: Mask, at: At, scale: float | None = None
 ) -> Array:
@@ -121,17 +157,11 @@ def largest_logits(
   What QK clip watches (Kimi K2, arXiv:2507.20534, section 2.1). Arguments as
   in `attend`.
   """
-  b, t, n, h = q.shape
-  groups = k.shape[2]
+  t, n, h = q.shape[1:]
   scale = h**-0.5 if scale is None else scale
   see = visible(mask, at, at, t, t)[:, None, None]
-  scores = jnp.einsum(
-    "btkgh,bskh->bkgts",
-    q.reshape(b, t, groups, n // groups, h),
-    k,
-    preferred_element_type=jnp.float32,
-  )
-  top = jnp.max(jnp.where(see, scores * scale, -jnp.inf), axis=(0, 3, 4))
+  scores = _products(q, k, None) * scale
+  top = jnp.max(jnp.where(see, scores, -jnp.inf), axis=(0, 3, 4))
   return jax.lax.stop_gradient(top.reshape(n))
 
 
@@ -167,6 +197,7 @@ def attend_blocks(
   sinks: Array | None = None,
   slopes: Array | None = None,
   bias: Array | None = None,
+  moved: Moved | None = None,
 ) -> Array:
   """The same, one block of queries at a time, on the keys it can see.
 
@@ -174,7 +205,7 @@ def attend_blocks(
   window). Where positions come with the data, or scores are capped or biased,
   the reference takes over.
   """
-  extras = (softcap, sinks, slopes, bias)
+  extras = (softcap, sinks, slopes, bias, moved)
   plain = all(extra is None for extra in extras)
   own = at.aligned and keys.aligned and q.shape[1] == k.shape[1]
   if plain and own and mask.causal:
@@ -191,6 +222,7 @@ def attend_blocks(
     sinks=sinks,
     slopes=slopes,
     bias=bias,
+    moved=moved,
   )
 
 
@@ -210,6 +242,7 @@ def attend(
   sinks: Array | None = None,
   alibi: Alibi | None = None,
   bias: Array | None = None,
+  moved: Moved | None = None,
   compute: Compute,
 ) -> Array:
   """Attention of queries to keys, softmax in float32.
@@ -227,14 +260,23 @@ def attend(
     sinks: learned logits `[heads]` that only join the denominator (gpt-oss).
     alibi: linear biases, or None.
     bias: added to the scores, `[batch or 1, heads, seq, keys]`.
+    moved: how queries meet the first keys, where that differs (a ring's
+      sinks).
     compute: chooses the implementation, and places the work on a mesh.
 
   Returns:
     `[batch, seq, heads, value_dim]` in the dtype of `v`.
+
+  Raises:
+    UserError: if `compute.attention` is no implementation.
   """
   at = At() if at is None else at
   keys = at if keys is None else keys
   name = "blocks" if compute.attention == "auto" else compute.attention
+  if name not in FORMS:
+    raise UserError(
+      f"unknown attention {name!r}; known: auto, {', '.join(FORMS)}"
+    )
   form = functools.partial(
     FORMS[name],
     scale=q.shape[-1] ** -0.5 if scale is None else scale,
@@ -242,7 +284,7 @@ def attend(
   )
   slopes = None if alibi is None else alibi.slopes(q.shape[2])
   at, keys = (At(a.positions, a.segments, a.blocks) for a in (at, keys))
-  extras = {"sinks": sinks, "slopes": slopes, "bias": bias}
+  extras = {"sinks": sinks, "slopes": slopes, "bias": bias, "moved": moved}
   if active_mesh() is None or compute.rules is None:
     return form(q, k, v, mask, at, keys, **extras)
   return _attend_sharded(form, q, k, v, mask, at, keys, extras, compute)
@@ -267,11 +309,16 @@ def _attend_sharded(form, q, k, v, mask, at, keys, extras, compute) -> Array:
 
   by_row = jax.tree.map(lambda x: PartitionSpec(rows(x), None), (at, keys))
   each = PartitionSpec(heads[2])
-  by_head = {"sinks": each, "slopes": each, "bias": None}
+  by_head = {"sinks": each, "slopes": each, "bias": None, "moved": None}
   if extras["bias"] is not None:
     spec = PartitionSpec(rows(extras["bias"]), heads[2], None, None)
     extras = extras | {"bias": jax.sharding.reshard(extras["bias"], spec)}
     by_head["bias"] = spec
+  if extras["moved"] is not None:
+    where = PartitionSpec(heads[0], None)
+    spec = extras["moved"].replace(q=heads, positions=where)
+    moved = jax.tree.map(jax.sharding.reshard, extras["moved"], spec)
+    extras, by_head["moved"] = extras | {"moved": moved}, spec
 
   def local(q, k, v, at, keys, extras):
     return form(q, k, v, mask, at, keys, **extras)

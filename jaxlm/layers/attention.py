@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.layers import cache as kv
-from jaxlm.layers.attend import At, attend, largest_logits
+from jaxlm.layers.attend import At, Moved, attend, largest_logits
 from jaxlm.layers.compute import DEFAULT, Compute
 from jaxlm.layers.linear import dot
 from jaxlm.layers.mask import Causal, Mask
@@ -143,11 +143,12 @@ class Attention:
       return self.qk_norm
     return replace(self.qk_norm, dim=heads * self.width)
 
-  def cache(self, batch: int, length: int) -> dict[str, Param]:
-    """Keys and values of `length` positions, or of the mask's reach."""
-    if self.mask.reach is not None:
-      length = min(length, self.mask.reach)
-    return kv.kv_cache(batch, length, self.groups, self.width, self.width)
+  def cache(
+    self, batch: int, length: int, kind: Any = kv.FULL
+  ) -> dict[str, Any]:
+    """Keys and values of `length` positions, or as `kind` keeps them."""
+    token = kv.heads(self.groups, self.width, self.width, self.mask)
+    return kv.declare(kind, token, batch, length, self.mask, self.position)
 
   def flops(self, seq: int) -> int:
     """Operations of one token's score and value products at context `seq`.
@@ -187,7 +188,7 @@ class Attention:
         top = largest_logits(q, k, self.mask, at, self.scale)
         out = {"max_logits": top}
     else:
-      y, out = self._attend_cached(p, q, k, v, at, cache, compute)
+      y, out = self._attend_cached(p, x, (q, k, v), at, cache, compute)
     return self.output(p, y, x.shape, compute), out
 
   def output(
@@ -214,9 +215,15 @@ class Attention:
     """Queries, keys and values of the same tokens."""
     return self.queries(p, x, at), *self.keys(p, x, at)
 
-  def queries(self, p: dict[str, Any], x: Array, at: At) -> Array:
-    """Queries `[batch, seq, heads, head_dim]` of `x` [batch, seq, dim]."""
-    q = self._turned(p, "q", x, at)
+  def queries(
+    self, p: dict[str, Any], x: Array, at: At, near: Array | None = None
+  ) -> Array:
+    """Queries `[batch, seq, heads, head_dim]` of `x` [batch, seq, dim].
+
+    They are turned by `near` [batch, seq] instead of their positions, if given.
+    """
+    turned = at if near is None else at.replace(positions=near)
+    q = self._turned(p, "q", x, turned)
     if self.temperature is not None:
       q = self.temperature(q, _where(x, at))
     return q.astype(x.dtype)
@@ -251,13 +258,15 @@ class Attention:
       return norm(p, x)
     return norm(p, x.reshape(*x.shape[:2], -1)).reshape(x.shape)
 
-  def weigh(self, p, q, k, v, at: At, keys: At, compute: Compute) -> Array:
+  def weigh(
+    self, p, q, k, v, at: At, keys: At, compute: Compute, mask=None, moved=None
+  ) -> Array:
     """`attend` with this layer's options: heads, not yet projected."""
     return attend(
       q,
       k,
       v,
-      self.mask,
+      mask or self.mask,
       at,
       keys,
       scale=self.scale,
@@ -265,6 +274,7 @@ class Attention:
       sinks=p["sinks"].astype(jnp.float32) if self.sinks else None,
       alibi=self.position if isinstance(self.position, Alibi) else None,
       bias=self._bias(q, k, at, keys, compute),
+      moved=moved,
       compute=compute,
     )
 
@@ -278,14 +288,23 @@ class Attention:
     ]
     return self.position(at.table, *where, compute)
 
-  def _attend_cached(self, p, q, k, v, at: At, cache, compute: Compute):
+  def _attend_cached(self, p, x, heads, at: At, cache, compute: Compute):
     """Attends to the cache and the new tokens; returns output and cache."""
+    (q, k, v), kind = heads, kv.kind_of(cache)
     where = jnp.broadcast_to(_where(q, at), q.shape[:2])
-    at = at.replace(positions=where)
-    seen, new = kv.extend(cache, {"k": k, "v": v}, where, self.mask.reach)
+    at, new = at.replace(positions=where), {"k": k, "v": v}
+    if "blocks" in cache:
+      none = jnp.full_like(where, -1)
+      new["blocks"] = none if at.blocks is None else at.blocks
+    seen, cache = kv.extend(cache, new, where, self.mask, compute)
     k, v = seen["k"].astype(q.dtype), seen["v"].astype(q.dtype)
-    keys = At(positions=seen["positions"])
-    return self.weigh(p, q, k, v, at, keys, compute), new
+    keys = At(positions=seen["positions"], blocks=seen.get("blocks"))
+    near, moved = kind.near(where), None
+    if near is not None and isinstance(self.position, Rope | Alibi):
+      first = self.queries(p, x, at, near)
+      moved = Moved(first, near, kv.window_of(kind).sinks)
+    mask = kind.sees(self.mask)
+    return self.weigh(p, q, k, v, at, keys, compute, mask, moved), cache
 
 
 def _where(x: Array, at: At) -> Array:

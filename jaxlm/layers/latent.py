@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jaxlm.errors import UserError
 from jaxlm.layers import cache as kv
-from jaxlm.layers.attend import At, attend, largest_logits
+from jaxlm.layers.attend import At, Moved, attend, largest_logits
 from jaxlm.layers.compute import DEFAULT, Compute
 from jaxlm.layers.linear import dot
 from jaxlm.layers.mask import Causal, Mask
@@ -138,11 +138,12 @@ class LatentAttention:
     shape = (n_in, self.heads, width)
     return Param(shape, (axis, "heads", "head_dim"), 1, self.init)
 
-  def cache(self, batch: int, length: int) -> dict[str, Param]:
-    """Latents and turned keys of `length` positions, or of the mask's reach."""
-    if self.mask.reach is not None:
-      length = min(length, self.mask.reach)
-    return kv.latent_cache(batch, length, self.rank + self.rope_dim)
+  def cache(
+    self, batch: int, length: int, kind: Any = kv.FULL
+  ) -> dict[str, Any]:
+    """Latents and turned keys of `length` positions, or as `kind` says."""
+    token = kv.latent(self.rank + self.rope_dim)
+    return kv.declare(kind, token, batch, length, self.mask, self.position)
 
   def flops(self, seq: int) -> int:
     """Operations of one token's score and value products at context `seq`.
@@ -180,13 +181,22 @@ class LatentAttention:
     if cache is None:
       y, out = self.expanded(p, q, latents, at, compute)
     else:
-      where = jnp.broadcast_to(where, x.shape[:2])
-      new = {"latent": latents}
-      seen, out = kv.extend(cache, new, where, self.mask.reach)
-      at, keys = At(positions=where), At(positions=seen["positions"])
-      y = self.absorbed(p, q, seen["latent"].astype(q.dtype), at, keys, compute)
+      y, out = self._attend_cached(p, x, q, latents, where, cache, compute)
     spec = compute.spec(("batch", "seq", "embed"), x.shape)
     return dot(y, p["o"], "btnh,nhd->btd", spec, jnp.float32), out
+
+  def _attend_cached(self, p, x, q, latents, where, cache, compute: Compute):
+    """Attends to the cache and the new tokens; returns output and cache."""
+    where, kind = jnp.broadcast_to(where, x.shape[:2]), kv.kind_of(cache)
+    new = {"latent": latents}
+    seen, cache = kv.extend(cache, new, where, self.mask, compute)
+    near, moved = kind.near(where), None
+    if near is not None:
+      first = self._inward(p, self.queries(p, x, near))
+      moved = Moved(first, near, kv.window_of(kind).sinks)
+    at, keys = At(positions=where), At(positions=seen["positions"])
+    latents, mask = seen["latent"].astype(q.dtype), kind.sees(self.mask)
+    return self.absorbed(p, q, latents, at, keys, compute, mask, moved), cache
 
   def queries(self, p: dict[str, Any], x: Array, where: Array) -> Array:
     """Queries `[batch, seq, heads, nope + rope]` of `x`, at `where`."""
@@ -242,6 +252,8 @@ class LatentAttention:
     at: At,
     keys: At,
     compute: Compute,
+    mask: Mask | None = None,
+    moved: Moved | None = None,
   ) -> Array:
     """Multi-query attention over latents: the form that generates.
 
@@ -255,23 +267,30 @@ class LatentAttention:
       at: where the queries stand.
       keys: where the latents stand.
       compute: how to run.
+      mask: another than the layer's own, or None.
+      moved: as in `attend`; its queries are absorbed already.
 
     Returns:
       `[batch, seq, heads, value]`.
     """
-    still, turned = jnp.split(q, [self.nope_dim], axis=-1)
-    inner = _per_head("btnh,rnh->btnr", still, p["k_up"])
     y = attend(
-      jnp.concatenate([inner, turned], axis=-1),
+      self._inward(p, q),
       latents[:, :, None],
       latents[:, :, None, : self.rank],
-      self.mask,
+      mask or self.mask,
       at,
       keys,
       scale=self._scale,
+      moved=moved,
       compute=compute,
     )
     return _per_head("btnr,rnh->btnh", y, p["v_up"])
+
+  def _inward(self, p: dict[str, Any], q: Array) -> Array:
+    """Queries as they meet latents, `[batch, seq, heads, rank + rope]`."""
+    still, turned = jnp.split(q, [self.nope_dim], axis=-1)
+    inner = _per_head("btnh,rnh->btnr", still, p["k_up"])
+    return jnp.concatenate([inner, turned], axis=-1)
 
   @property
   def _scale(self) -> float:

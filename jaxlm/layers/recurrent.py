@@ -157,9 +157,11 @@ class RNN:
       tree["o"] = Param(shape, ("mlp", "embed"), 1, self.out_init)
     return tree
 
-  def cache(self, batch: int, length: int) -> dict[str, Param]:
-    """The state, float32 [batch, hidden]; of any length the same."""
-    del length
+  def cache(
+    self, batch: int, length: int, kind: Any = None
+  ) -> dict[str, Param]:
+    """The state, float32 [batch, hidden]; of any length and kind the same."""
+    del length, kind
     return {name: state_param(batch, self.width) for name in self.cell.states}
 
   def flops(self, seq: int) -> int:

@@ -103,9 +103,11 @@ class RGLRU:
       "o_bias": Param((self.dim,), ("embed",), 0, ZEROS),
     }
 
-  def cache(self, batch: int, length: int) -> dict[str, Param]:
+  def cache(
+    self, batch: int, length: int, kind: Any = None
+  ) -> dict[str, Param]:
     """The state `h` [batch, width], the last inputs of the convolution."""
-    del length
+    del length, kind
     shape = (batch, self.kernel - 1, self.features)
     return {
       "h": state_param(batch, self.features),

@@ -17,6 +17,7 @@ import numpy as np
 from jaxlm.errors import UserError
 from jaxlm.layers.attend import At
 from jaxlm.layers.attention import Attention
+from jaxlm.layers.cache import FULL
 from jaxlm.layers.compute import DEFAULT, Compute, active_mesh
 from jaxlm.layers.dropout import dropout
 from jaxlm.layers.linear import dot
@@ -75,9 +76,9 @@ class Block:
       tree["ffn_post_norm"] = self.post_norm.params()
     return tree
 
-  def cache(self, batch: int, length: int) -> dict[str, Param]:
+  def cache(self, batch: int, length: int, kind: Any = FULL) -> dict[str, Any]:
     """What the mixer remembers."""
-    return self.mixer.cache(batch, length)
+    return self.mixer.cache(batch, length, kind)
 
   def __call__(
     self,
@@ -232,11 +233,15 @@ class Decoder:
       )
     return tree
 
-  def cache(self, batch: int, length: int) -> dict[str, Any]:
-    """Declares what all layers remember of `length` positions."""
+  def cache(self, batch: int, length: int, kind: Any = FULL) -> dict[str, Any]:
+    """Declares what all layers remember of `length` positions.
+
+    `kind` says how: `Full()`, `Ring`, `Quantised` (`layers/cache.py`), `Paged`.
+    """
     return {
       str(i): {
-        str(j): stack(b.cache(batch, length), n) for j, b in enumerate(pattern)
+        str(j): stack(b.cache(batch, length, kind), n)
+        for j, b in enumerate(pattern)
       }
       for i, (pattern, n) in enumerate(self.layers)
     }
@@ -317,6 +322,11 @@ def hidden(
   `[segment][place in pattern]`, dicts of arrays stacked over the repeats.
   """
   at = At() if at is None else at
+  if cache is not None and at.segments is not None:
+    raise UserError(
+      "rows with segments are packed for training, and a cache remembers one "
+      "text a row; give each text a row of its own"
+    )
   x = embed(model, params, tokens, at, compute)
   out = {}
   for i, (pattern, n) in enumerate(model.layers):

@@ -45,7 +45,7 @@ class Cross:
     """Those of the attention."""
     return self.attention.params()
 
-  def cache(self, batch: int, length: int) -> dict[str, Param]:
+  def cache(self, batch: int, length: int) -> dict[str, Any]:
     """Keys and values of a context of `length`."""
     return self.attention.cache(batch, length)
 
