@@ -1,8 +1,11 @@
 """Constraints: every text is of the language, however it is drawn."""
 
+import ast
+import json
 import math
 import random
 import re
+import sys
 
 import hypothesis
 import jax
@@ -13,9 +16,9 @@ from hypothesis import strategies as st
 
 from jaxlm.data.tokenizers import ByteBPE, Bytes, Chars
 from jaxlm.errors import UserError
-from jaxlm.generate import constraints, decode, dfa, regex
+from jaxlm.generate import constraints, decode, dfa, regex, schema
 from jaxlm.generate.automaton import NEVER, advance, allowed, over_tokens
-from jaxlm.generate.constraints import Regex, compile
+from jaxlm.generate.constraints import Grammar, JsonSchema, Regex, compile
 from jaxlm.generate.decode import generate, scored, stream
 from jaxlm.generate.filters import Bias
 from jaxlm.generate.samplers import Greedy, Sample
@@ -221,7 +224,8 @@ def test_allowed_and_advance_follow_a_text():
 # --- Generation -------------------------------------------------------------
 
 
-@hypothesis.settings(max_examples=25)
+@pytest.mark.slow
+@hypothesis.settings(max_examples=12)
 @hypothesis.given(
   patterns(), st.sampled_from([BYTES, BPE]), st.sampled_from([0.5, 3.0]),
   st.integers(0, 99),
@@ -349,3 +353,272 @@ def test_impossible_constraints(call, problem):
 def run(constraint, n=5, eot=None):
   prompt = np.full((1, 3), 65)
   return generate(MODEL, PARAMS, prompt, n, eot=eot, constraint=constraint)
+
+
+# --- JSON -------------------------------------------------------------------
+
+STRINGS = st.sampled_from(
+  [
+    {"type": "string"},
+    {"type": "string", "maxLength": 3},
+    {"type": "string", "minLength": 2, "maxLength": 4},
+    {"type": "string", "pattern": r"^[a-c\n\"\\]{1,4}$"},
+    {"type": "string", "pattern": "b"},
+    {"enum": ["x", 1, None, "é\n", [1, {"a": 2}]]},
+    {"const": "y"},
+  ]
+)
+SCALARS = st.sampled_from(
+  [{"type": t} for t in ("integer", "number", "boolean", "null")]
+  + [
+    {"type": ["string", "null"]},
+    {},
+    True,
+    {"enum": [1, "a"], "type": "string"},
+  ]
+)
+
+
+@st.composite
+def schemas(draw, depth=2):
+  """Schemas that are regular."""
+  kind = draw(st.sampled_from(["string", "scalar", "array", "object", "any"]))
+  if kind == "string" or not depth:
+    return draw(STRINGS)
+  if kind == "scalar":
+    return draw(SCALARS)
+  inner = schemas(depth=depth - 1)
+  if kind == "any":
+    return {"anyOf": draw(st.lists(inner, min_size=1, max_size=2))}
+  if kind == "array":
+    most = draw(st.sampled_from([None, 0, 1, 3]))
+    least = draw(st.integers(0, 2)) if most in (None, 3) else 0
+    found = {"type": "array", "items": draw(inner), "minItems": least}
+    return found if most is None else found | {"maxItems": most}
+  names = draw(st.lists(st.sampled_from('abc"'), max_size=3, unique=True))
+  return {
+    "type": "object",
+    "properties": {name: draw(inner) for name in names},
+    "required": [name for name in names if draw(st.booleans())],
+  }
+
+
+def satisfies(value, wanted) -> bool:
+  """What JSON schema says of the keywords that are used here."""
+  if isinstance(wanted, bool):
+    return wanted
+  if "anyOf" in wanted:
+    return any(satisfies(value, one) for one in wanted["anyOf"])
+  if "enum" in wanted and not any(same(value, v) for v in wanted["enum"]):
+    return False
+  if "const" in wanted and not same(value, wanted["const"]):
+    return False
+  types = wanted.get("type", [])
+  types = types if isinstance(types, list) else [types]
+  if types and not any(is_a(value, t) for t in types):
+    return False
+  if isinstance(value, str):
+    fits = wanted.get("minLength", 0) <= len(value)
+    fits = fits and len(value) <= wanted.get("maxLength", math.inf)
+    return fits and bool(re.search(wanted.get("pattern", ""), value, re.ASCII))
+  if isinstance(value, list):
+    fits = wanted.get("minItems", 0) <= len(value)
+    fits = fits and len(value) <= wanted.get("maxItems", math.inf)
+    return fits and all(satisfies(v, wanted.get("items", True)) for v in value)
+  if isinstance(value, dict):
+    named = wanted.get("properties", {})
+    fits = all(name in value for name in wanted.get("required", []))
+    return fits and all(
+      satisfies(v, named.get(k, True)) for k, v in value.items()
+    )
+  if isinstance(value, int):
+    fits = wanted.get("minimum", -math.inf) <= value
+    return fits and value <= wanted.get("maximum", math.inf)
+  return True
+
+
+def same(a, b) -> bool:
+  return json.dumps(a) == json.dumps(b)
+
+
+def is_a(value, kind: str) -> bool:
+  if isinstance(value, bool) or value is None:
+    return kind == {True: "boolean", False: "boolean", None: "null"}[value]
+  kinds = {str: "string", list: "array", dict: "object"}
+  kinds |= {int: "integer number", float: "number"}
+  return kind in kinds[type(value)].split()
+
+
+@pytest.mark.slow
+@hypothesis.settings(max_examples=12)
+@hypothesis.given(schemas(), st.sampled_from([BYTES, BPE]), st.integers(0, 99))
+def test_every_sample_is_json_of_the_schema(wanted, tokenizer, seed):
+  """Also where the limit cuts: it is met by closing what is open."""
+  constraint = compile(JsonSchema(json.dumps(wanted)), tokenizer)
+  n = max(ROOM, int(constraint.least[0]))
+  for text, _ in texts(constraint, tokenizer, Sample(), n=n, seed=seed):
+    assert satisfies(json.loads(text), wanted), text
+
+
+@hypothesis.given(st.text(max_size=6))
+def test_any_string_can_be_spelled(text):
+  """As Python spells it, or with a character of one of our escapes."""
+  found = dfa.automaton(schema.tree({"type": "string"}))
+  spelled = json.dumps(text, ensure_ascii=False)
+  try:
+    assert found.matches(spelled.encode())
+  except UnicodeEncodeError:  # a lone surrogate
+    return
+
+
+@pytest.mark.parametrize(
+  ("wanted", "yes", "no"),
+  [
+    ({"type": "object", "properties": {"a": {"type": "integer"}, "b": {}}},
+     ['{}', '{"a": 1}', '{"a":1,"b":{"c": [1.5e3, null]}}', '{"b": "x"}'],
+     ['{"a": 1.5}', '{"a": 1,}', '{"b": 1, "a": 1}', '{"c": 1}', "{", ""]),
+    ({"type": "array", "items": {"type": "boolean"}, "minItems": 1},
+     ["[true]", "[true, false]", "[true,false]"], ["[]", "[1]", "[true,]"]),
+    ({"$ref": "#/$defs/a~1b", "$defs": {"a/b": {"type": "null"}}},
+     ["null"], ["0"]),
+    ({"additionalProperties": {"type": "integer"}},
+     ["{}", '{"x": 1}', '{"x": 1, "y": 2}'], ['{"x": "1"}']),
+    ({"type": "number"}, ["0", "-1.5", "1e9", "10"], ["01", "1.", ".5", "+1"]),
+    ({"type": "string"},
+     ['"\\u001f"', '"\\""', '"é"'], ['"\n"', '"""', '"\\x"']),
+  ],
+)  # fmt: skip
+def test_what_a_schema_lets_through(wanted, yes, no):
+  """Some texts that are, and some that are not."""
+  found = dfa.automaton(schema.tree(wanted))
+  for text in yes:
+    assert found.matches(text.encode()), text
+    json.loads(text)
+  for text in no:
+    assert not found.matches(text.encode()), text
+
+
+@pytest.mark.parametrize(
+  ("wanted", "problem"),
+  [
+    ("{", "not JSON"), ("3", "is an object"), ("false", "no text at all"),
+    ('{"type": "text"}', "one or a list of"),
+    ('{"items": 3}', "where a schema"),
+    ('{"type": "string", "minLength": 3, "maxLength": 2}', "above"),
+    ('{"type": "array", "minItems": -1}', "not negative"),
+    ('{"$ref": "#/nowhere"}', "not in it"), ('{"enum": 3}', "has to be a list"),
+    ('{"pattern": "("}', "lacks a"), ('{"required": "a"}', "a list of names"),
+    ('{"properties": []}', "an object of schemas"),
+    ('{"enum": [1], "type": "string"}', "no text at all"),
+    ('{"required": ["a"], "additionalProperties": false}', "no text at all"),
+  ],
+)  # fmt: skip
+def test_bad_schemas(wanted, problem):
+  """One sentence for each."""
+  with pytest.raises(UserError, match=problem):
+    compile(JsonSchema(wanted), BYTES)
+
+
+# --- What the library follows -----------------------------------------------
+
+ARITHMETIC = """
+start: sum
+sum: product (("+" | "-") product)*
+product: atom ("*" atom)*
+atom: /[0-9]{1,3}/ | "(" sum ")"
+"""
+ENDING = Sample(filters=(Bias(((BYTES.eot, 2.0), (ord(")"), 1.0))),))
+
+
+@pytest.mark.parametrize("tokenizer", [BYTES, BPE])
+@pytest.mark.parametrize("sampler", [ENDING, Greedy(), Sample(2.0)])
+def test_a_grammar_parses(tokenizer, sampler):
+  """Rows that have ended are expressions; Python's parser is the judge."""
+  constraint = compile(Grammar(ARITHMETIC), tokenizer)
+  found = [*texts(constraint, tokenizer, sampler)]
+  for text, ended in found:
+    assert re.fullmatch("[-+*()0-9]+", text)
+    if ended:
+      ast.parse(re.sub("[0-9]+", "1", text), mode="eval")
+  assert sampler != ENDING or tokenizer != BYTES or any(e for _, e in found)
+
+
+RECURSIVE = {
+  "type": "object",
+  "properties": {
+    "n": {"type": "integer", "minimum": 3, "maximum": 40},
+    "next": {"$ref": "#"},
+  },
+  "required": ["n"],
+}
+
+
+def test_schemas_that_are_not_regular_go_to_the_library():
+  """Numbers between bounds, and a list of any depth."""
+  constraint = compile(JsonSchema(json.dumps(RECURSIVE)), BYTES)
+  sampler = Sample(filters=(Bias(((BYTES.eot, 2.0), (ord("}"), 2.0))),))
+  found = [*texts(constraint, BYTES, sampler, rows=16, n=96)]
+  assert sum(ended for _, ended in found) > 4
+  for text, ended in found:
+    if ended:
+      value = json.loads(text)
+      while value:
+        assert satisfies(value, {k: RECURSIVE[k] for k in ("type", "required")})
+        assert satisfies(value["n"], RECURSIVE["properties"]["n"])
+        value = value.get("next")
+
+
+def test_the_library_and_the_automaton_agree():
+  """The same tokens with the same keys: their masks are the same."""
+  pattern, key = "(ab|[0-9]{2}c?)*x", jax.random.key(3)
+  arguments = (MODEL, PARAMS, np.full((4, 3), 65), 200, Sample(), key)
+  ours = compile(Regex(pattern), BYTES)
+  theirs = compile(Regex(pattern), BYTES, library=True)
+  ours, theirs = (
+    np.asarray(generate(*arguments[:3], 100, *arguments[4:], constraint=c))
+    for c in (ours, theirs)
+  )
+  for a, b in zip(ours, theirs, strict=True):
+    if (b == BYTES.eot).any():  # the library is not steered to an end
+      np.testing.assert_array_equal(a, b)
+  assert (theirs == BYTES.eot).any()
+
+
+def test_a_grammar_streams_and_slides():
+  """The matchers read what is yielded, window after window."""
+  small = modern.decoder(302, 16, 1, 2, max_positions=16)
+  params = init(small.params(), jax.random.key(0))
+  constraint = compile(Grammar('start: "abcdefghij" "0123456789" "x"'), BYTES)
+  found = stream(
+    small, params, np.full((2, 3), 65), 40, slide=True, constraint=constraint
+  )
+  rows = np.stack([*found], axis=1)
+  assert rows.shape == (2, 22)
+  for row in rows:
+    assert BYTES.decode(row[:-1]) == "abcdefghij0123456789x"
+
+
+@pytest.mark.parametrize(
+  ("spec", "problem"),
+  [
+    (Grammar("start: ("), "cannot be followed"),
+    (Grammar('begin: "a"'), "cannot be followed"),
+    (Regex("(?=a)b"), "cannot be followed"),
+    (JsonSchema('{"allOf": [{"type": 3}]}'), "cannot be followed"),
+  ],
+)
+def test_bad_grammars(spec, problem):
+  """What the library says, as an error of ours."""
+  with pytest.raises(UserError, match=problem):
+    compile(spec, BYTES, library=True)
+
+
+def test_a_library_that_is_not_there(monkeypatch):
+  """The sentence says what to install."""
+  monkeypatch.setitem(sys.modules, "llguidance", None)
+  for spec in (
+    Grammar(ARITHMETIC),
+    JsonSchema('{"type": "integer", "minimum": 2}'),
+  ):
+    with pytest.raises(UserError, match=r"jaxlm\[constrain\]"):
+      compile(spec, BYTES)
