@@ -15,6 +15,7 @@ from jaxlm.layers.compute import DEFAULT, Compute
 from jaxlm.losses import chunked_cross_entropy, cross_entropy, weighted_mean
 from jaxlm.models.decoder import Decoder, head, hidden, logits
 from jaxlm.models.encdec import EncoderDecoder, decode, encode, padded
+from jaxlm.models.medusa import Heads
 
 Array = jax.Array
 Batch = dict[str, Array]
@@ -109,6 +110,63 @@ def seq2seq(
   )
   loss, weight = weighted_mean(cross_entropy(y, targets)[0], batch.get("mask"))
   return loss, {"loss": loss, "weight": weight}
+
+
+def tokens_ahead(
+  model: Decoder,
+  heads: Heads,
+  params: Any,
+  batch: Batch,
+  key: Array | None = None,
+  compute: Compute = DEFAULT,
+  decay: float = 0.8,
+) -> tuple[Array, Metrics]:
+  """What heads say of tokens further ahead; the trunk is not trained.
+
+  The sum over heads k = 1 .. n of decay^k times the mean negative log
+  likelihood of the token k places behind the next one (Medusa-1,
+  arXiv:2401.10774, equation 1 in section 2.2.1).
+
+  Args:
+    model: the trunk.
+    heads: what is trained, on its last hidden state.
+    params: `trunk` and `heads`. No gradient reaches the trunk; freeze it, so
+      that no weight decay does.
+    batch: as for `next_token`.
+    key: not used: the trunk runs as in generation.
+    compute: how to run.
+    decay: weight of a head over that of the one before it.
+
+  Returns:
+    The loss, and `loss`, `weight` and `right`: how often the first choice of
+    each head is the token, [n].
+  """
+  del key
+  at = At(batch.get("positions"), batch.get("segments"))
+  x, _ = hidden(model, params["trunk"], batch["inputs"], at, None, compute)
+  scores = heads(params["heads"], jax.lax.stop_gradient(x), model.softcap)
+  loss, right = jnp.float32(0.0), []
+  for k in range(1, heads.n + 1):
+    targets, mask = _ahead(batch, k)
+    nll, _ = cross_entropy(scores[:, :, k - 1], targets)
+    loss = loss + decay**k * weighted_mean(nll, mask)[0]
+    hit = jnp.argmax(scores[:, :, k - 1], axis=-1) == targets
+    right.append(weighted_mean(hit.astype(jnp.float32), mask)[0])
+  weight = jnp.sum(_ahead(batch, 1)[1]).astype(jnp.float32)
+  return loss, {"loss": loss, "weight": weight, "right": jnp.stack(right)}
+
+
+def _ahead(batch: Batch, k: int) -> tuple[Array, Array]:
+  """Targets `k` places further on, and which there are, bool [batch, seq]."""
+  targets = batch["targets"]
+  there = jnp.arange(targets.shape[1], dtype=jnp.int32) < targets.shape[1] - k
+  mask = jnp.broadcast_to(there[None], targets.shape)
+  if "mask" in batch:
+    mask = mask & (jnp.roll(batch["mask"], -k, axis=1) > 0)
+  if "segments" in batch:
+    same = jnp.roll(batch["segments"], -k, axis=1) == batch["segments"]
+    mask = mask & same
+  return jnp.roll(targets, -k, axis=1), mask
 
 
 def _reported(seen: Any, name: str, part: str) -> dict[str, Array]:

@@ -2,7 +2,8 @@
 
 `prefill` reads prompts into a new cache, `step` reads further tokens; both are
 the forward pass of training with a cache. `take` picks rows of a cache, for
-methods that keep several continuations of a prompt and drop some.
+methods that keep several continuations of a prompt and drop some; `forget`
+takes tokens back that should not have been read.
 """
 
 from typing import Any
@@ -11,8 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.layers.attend import At
-from jaxlm.layers.cache import empty
+from jaxlm.layers.cache import FULL, empty
 from jaxlm.layers.compute import Compute
+from jaxlm.layers.param import path_name
 from jaxlm.models.decoder import Decoder, hidden, layers_apart
 
 Array = jax.Array
@@ -28,6 +30,7 @@ def prefill(
   lengths: Array,
   length: int,
   compute: Compute = UNROLLED,
+  kind: Any = FULL,
 ) -> tuple[Array, Tree]:
   """Reads prompts into a new cache.
 
@@ -38,11 +41,12 @@ def prefill(
     lengths: how many of the last tokens of each row are its prompt, `[batch]`.
     length: positions the cache has room for.
     compute: how to run.
+    kind: how the cache remembers (`layers/cache.py`).
 
   Returns:
     The last hidden states `[batch, 1, dim]`, and the cache.
   """
-  x, cache = read(model, params, tokens, lengths, length, compute)
+  x, cache = read(model, params, tokens, lengths, length, compute, kind)
   return x[:, -1:], cache
 
 
@@ -53,10 +57,11 @@ def read(
   lengths: Array,
   length: int,
   compute: Compute = UNROLLED,
+  kind: Any = FULL,
 ) -> tuple[Array, Tree]:
   """`prefill`, with all hidden states `[batch, seq, dim]`."""
   batch, seq = tokens.shape
-  cache = empty(model.cache(batch, length), compute.jnp_dtype)
+  cache = empty(model.cache(batch, length, kind), compute.jnp_dtype)
   if compute.unroll:
     cache = layers_apart(model, cache)
   # Padding stands at negative positions: it is never written and never seen.
@@ -89,3 +94,18 @@ def take(cache: Tree, rows: Array, compute: Compute = UNROLLED) -> Tree:
   """The cache of those rows, int32 `[new rows]`, in that order."""
   axis = 0 if compute.unroll else 1  # that of the rows, behind the layers
   return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis), cache)
+
+
+def forget(cache: Tree, position: Array, compute: Compute = UNROLLED) -> Tree:
+  """The cache of rows that have read nothing from `position` [rows] on.
+
+  Keys and values stay in their slots, which count as empty.
+  """
+  bound = position[:, None] if compute.unroll else position[None, :, None]
+
+  def one(path: tuple, leaf: Array) -> Array:
+    if path_name(path).rpartition("/")[2] != "positions":
+      return leaf
+    return jnp.where(leaf >= bound, -1, leaf)
+
+  return jax.tree_util.tree_map_with_path(one, cache)
