@@ -140,7 +140,13 @@ def test_what_is_not_data_cannot_be_written_down():
 def test_a_run_is_loaded_by_its_config(tmp_path: Path, name: str):
   """Vocabulary from the tokenizer, positions from seq_len."""
   takes = inspect.signature(family(name)).parameters
-  small = {"kv_heads": 1, "mlp_dim": 32, "head_dim": 8, "experts": 8}
+  small = {
+    "kv_heads": 1,
+    "mlp_dim": 32,
+    "head_dim": 8,
+    "experts": 8,
+    "top_k": 2,
+  }
   more = {f"model.{k}": v for k, v in small.items() if k in takes}
   model, saved = a_run(tmp_path / "run", **{"model.family": name}, **more)
   loaded, params = jaxlm.load(tmp_path / "run")
