@@ -20,6 +20,7 @@ from jaxlm.data import (
   bytes_per_token,
   load,
 )
+from jaxlm.data.pieces import Pieces
 from jaxlm.errors import UserError
 
 LINES = [
@@ -39,7 +40,19 @@ def tokenizers() -> dict[str, Tokenizer]:
     "bpe": ByteBPE.train(CORPUS, 400),
     "sentencepiece": SentencePiece.train(CORPUS, 330),
     "sentencepiece-bpe": SentencePiece.train(CORPUS, 330, kind="bpe"),
+    "pieces": unigram(),
   }
+
+
+def unigram() -> Pieces:
+  """Unigram pieces with Metaspace and byte fallback, as T5 and others have."""
+  import tokenizers as hf
+
+  pieces = [("<unk>", 0.0), ("▁", -2.0), ("▁The", -3.0), ("a", -3.0)]
+  pieces += [(f"<0x{b:02X}>", -9.0) for b in range(256)]
+  tok = hf.Tokenizer(hf.models.Unigram(pieces, 0, byte_fallback=True))
+  tok.pre_tokenizer = hf.pre_tokenizers.Metaspace(prepend_scheme="never")
+  return Pieces(tok.to_str())
 
 
 def random_text(rng: random.Random) -> str:
@@ -188,6 +201,50 @@ def test_sentencepiece_with_added_space(tmp_path: Path) -> None:
   ids = tok.encode("The quick dog")
   assert tok.decode(ids) == "The quick dog"
   assert tok.decode_bytes(ids, start=False) == b" The quick dog"
+
+
+def test_pieces_of_a_tokenizer_json() -> None:
+  """Llama 2's form: a space before the text, bytes for what has no piece."""
+  vocab = {"<unk>": 0, "<s>": 1, "</s>": 2}
+  vocab |= {f"<0x{b:02X}>": 3 + b for b in range(256)}
+  pieces = ("▁", "a", "b", "▁a", "ab", "▁ab")
+  vocab |= {piece: 259 + i for i, piece in enumerate(pieces)}
+  form = _form_of(vocab, [["▁", "a"], ["a", "b"], ["▁a", "b"]])
+  tok = Pieces(json.dumps(form))
+  assert tok.specials == {"<unk>": 0, "<s>": 1, "</s>": 2}
+  assert (tok.eot, tok.vocab_size, tok.start) == (2, 265, ())
+  for text in ("ab a", "  ab", "é 🙂\n", "</s> a", ""):
+    assert tok.decode(tok.encode(text)) == text
+  assert tok.encode("ab").tolist() == [264]
+  assert tok.decode_bytes(tok.encode("ab"), start=False) == b" ab"
+  assert tok.encode("a</s>", allow_special=True).tolist() == [262, 2]
+
+
+def _form_of(vocab: dict[str, int], merges: list[list[str]]) -> dict:
+  """A tokenizer.json of pieces, as Llama 2 has it."""
+  import tokenizers as hf
+
+  tok = hf.Tokenizer(
+    hf.models.BPE(
+      vocab=vocab,
+      merges=[tuple(merge) for merge in merges],
+      unk_token="<unk>",
+      fuse_unk=True,
+      byte_fallback=True,
+    )
+  )
+  tok.normalizer = hf.normalizers.Sequence(
+    [hf.normalizers.Prepend("▁"), hf.normalizers.Replace(" ", "▁")]
+  )
+  tok.add_special_tokens(["<unk>", "<s>", "</s>"])
+  return json.loads(tok.to_str())
+
+
+@hypothesis.given(st.text(st.characters(exclude_characters="▁")))
+def test_unigram_pieces_are_lossless(tokenizers, text: str) -> None:
+  """Bytes stand in for what has no piece; "▁" alone comes back as a space."""
+  tok = tokenizers["pieces"]
+  assert tok.decode(tok.encode(text)) == text
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -56,7 +56,9 @@ class Pieces(Tokenizer):
     """`content` is the text of a tokenizer.json; see `load`."""
     self._hf, form = read_json(content)
     kind = form["model"].get("type")
-    if kind not in ("BPE", "Unigram") or MARK not in content:
+    vocab = self._hf.get_vocab(with_added_tokens=True)
+    marked = any(MARK in piece for piece in vocab)
+    if kind not in ("BPE", "Unigram") or not marked:
       raise UserError(
         f"this tokenizer.json is of a kind that is not read here ({kind}); "
         "known are byte-level BPE, and BPE or unigram pieces with '▁' for the "
@@ -64,7 +66,6 @@ class Pieces(Tokenizer):
       )
     added = form.get("added_tokens") or []
     self.specials = {a["content"]: a["id"] for a in added if a["special"]}
-    vocab = self._hf.get_vocab(with_added_tokens=True)
     self.vocab_size = max(vocab.values()) + 1
     self._content = content
     self.start = start_of(self._hf)
