@@ -9,6 +9,7 @@ from jaxlm.data.chat import CHATML, ChatTemplate, encode
 from jaxlm.errors import UserError
 from jaxlm.generate.__main__ import main
 from jaxlm.generate.chat import Chat
+from jaxlm.generate.methods import Draw
 from jaxlm.generate.samplers import Greedy, make_sampler
 from jaxlm.generate.text import Writer
 from jaxlm.layers.param import init
@@ -23,7 +24,7 @@ KEY = jax.random.key(0)
 
 
 def writer(sampler=Greedy(), ends=()) -> Writer:
-  return Writer(MODEL, PARAMS, TOKENIZER, sampler, 6, KEY, ends=ends)
+  return Writer(MODEL, PARAMS, TOKENIZER, Draw(sampler), 6, KEY, ends=ends)
 
 
 def test_history_is_read_and_kept():

@@ -66,8 +66,10 @@ def test_the_prompt_then_what_follows(chars: Path):
   assert done.returncode == 0
   assert done.stdout.startswith("abc")
   assert len(done.stdout) == 3 + 60 + 1  # a character is a token; a newline
-  assert done.stderr.startswith("60 tokens; the first after ")
-  assert done.stderr.endswith(" tokens/s\n")
+  first, *others = done.stderr.splitlines()
+  assert first == "texts    1, 60 new tokens"
+  names = [line.split()[0] for line in others]
+  assert names == ["prefill", "decode", "first", "compile", "memory"]
 
 
 @pytest.mark.parametrize(
@@ -76,7 +78,7 @@ def test_the_prompt_then_what_follows(chars: Path):
     (["--workdir=none", "--prompt=a"], "there is no directory none"),
     (["--prompt=a"], "name one of the two: --workdir=DIR"),
     (["--workdir=CHARS", "--chat", "--prompt=a"], "choose one of --template="),
-    (["--model=none", "--prompt=a"], "there is no none"),
+    (["--model=none", "--prompt=a"], "there is no directory none"),
     (["--workdir=CHARS", "--prompt=xyz"], "character 'x'"),
   ],
 )
@@ -179,4 +181,4 @@ def test_each_line_typed_is_a_prompt(chars: Path, monkeypatch, capsys):
   assert "> abc" in shown.out
   assert "> fed" in shown.out
   assert "error: character 'x'" in shown.err
-  assert "10 tokens" in shown.err
+  assert "texts    2, 10 new tokens" in shown.err

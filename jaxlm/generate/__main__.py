@@ -1,17 +1,21 @@
-"""Samples from a model, and talks with it, in the terminal.
+"""Samples from a model, and talks with it, in the terminal and from files.
 
     python -m jaxlm.generate --workdir=runs/tiny --prompt="A list is"
     python -m jaxlm.generate --model=FILE.gguf --chat --prompt="Who are you?"
+    python -m jaxlm.generate --model=DIR --prompts=IN.jsonl --out=OUT.jsonl
 
 Without --prompt, what is piped in is the prompt; at a terminal, each line
-typed is one, or one turn of a conversation. What the model adds appears as it
-is made, and figures about it on stderr at the end.
+typed is one, or one turn of a conversation (/help there shows commands). What
+the model adds appears as it is made, and figures about it on stderr at the
+end. docs/generate.md has all flags with examples.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import itertools
+import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -23,9 +27,11 @@ from jaxlm import config as configs
 from jaxlm import program, workdir
 from jaxlm.data.chat import TEMPLATES, ChatTemplate
 from jaxlm.errors import UserError
-from jaxlm.generate import decode
+from jaxlm.generate import batch, decode
 from jaxlm.generate.chat import Chat
-from jaxlm.generate.samplers import make_sampler
+from jaxlm.generate.methods import Method, parse_method
+from jaxlm.generate.options import parse_filters
+from jaxlm.generate.samplers import Sampler, make_sampler
 from jaxlm.generate.text import Writer
 from jaxlm.interop import pretrained
 from jaxlm.interop.pretrained import Pretrained
@@ -47,7 +53,18 @@ def parser() -> argparse.ArgumentParser:
   add("--system", metavar="TEXT", help="what the model is told before it")
   add("--template", metavar="NAME", help="of the conversation, or a file")
   add("--prompt", metavar="TEXT", help="what the model continues; may be empty")
+  add("--prompts", metavar="FILE", help="many: JSON lines, or plain ones")
+  add("--out", metavar="FILE", help="of --prompts, JSON lines; else stdout")
+  add("--resume", action="store_true", help="go on behind what --out has")
+  add("--batch", type=int, metavar="N", help="texts side by side; default: 8")
+  add("--logprobs", type=int, metavar="N", help="and those of the N likeliest")
   add("--max_new_tokens", type=int, metavar="N", help="length of a sample")
+  add("--stop", action="append", metavar="TEXT", help="ends a text; repeatable")
+  add("--truncate", action="store_true", help="cut prompts that are too long")
+  add("--slide", action="store_true", help="read the end of such prompts")
+  add("--method", metavar="NAME", help="sample, greedy, beam(beams=4), ...")
+  add("--draft", metavar="PATH", help="a smaller model, to speculate with")
+  add("--sampler", metavar="TEXT", help="as 'temperature(0.8) min_p(0.05)'")
   add("--temperature", type=float, metavar="T", help="0: always the likeliest")
   add("--top_k", type=int, metavar="K", help="among the K likeliest; 0: all")
   add("--top_p", type=float, metavar="P", help="among those that sum to P")
@@ -57,6 +74,7 @@ def parser() -> argparse.ArgumentParser:
   add("--checkpoint", default="latest", help="latest, best, or a step")
   add("--dtype", default="float32", help="float32, bfloat16 or float16")
   add("--no-stream", action="store_true", help="all samples at once, when done")
+  add("--stats", metavar="FILE", help="the figures as JSON, too")
   return flags
 
 
@@ -64,26 +82,74 @@ def main(argv: Sequence[str]) -> None:
   """Runs the program.
 
   Raises:
-    UserError: for wrong flags, a workdir without a usable model, or a prompt
-      that the tokenizer cannot express.
+    UserError: for wrong or contradictory flags, a workdir without a usable
+      model, a prompt that the tokenizer cannot express or the context hold.
   """
   flags = parser().parse_args(argv)
+  check(flags)
+  requests = None if flags.prompts is None else batch.read(flags.prompts)
   prompt = flags.prompt
-  if flags.chat:
-    return chat(flags)
-  if prompt is None and not sys.stdin.isatty():
+  if not (flags.chat or requests or sys.stdin.isatty()) and prompt is None:
     prompt = sys.stdin.read().removesuffix("\n")
-  writer = make_writer(flags, *find(flags))
-  if prompt is None:
+  found, usual = find(flags)
+  writer = make_writer(flags, found, usual)
+  if requests is not None:
+    many(flags, writer, found, requests)
+  elif flags.chat:
+    chat(flags, Chat(writer, _template(flags.template, found.template)))
+  elif prompt is None:
     converse(writer)
-  elif flags.no_stream:
+  elif flags.no_stream or not writer.method.streams:
     texts = writer.texts(prompt, flags.num_samples)
     print("\n---\n".join(texts))
   else:
     for i in range(flags.num_samples):
       print("---\n" * (i > 0), end="")
       show(writer.pieces(prompt, i))
-  print(writer.figures(), file=sys.stderr)
+  conclude(writer, flags.stats)
+
+
+# --- What the flags say -----------------------------------------------------
+
+# Flags that contradict one another, and those that need another one.
+_EITHER = (
+  ("prompt", "prompts"),
+  ("chat", "prompts"),
+  ("truncate", "slide"),
+  ("greedy", "sampler"),
+  ("greedy", "method"),
+  *(("greedy", name) for name in ("temperature", "top_k", "top_p")),
+  *(("sampler", name) for name in ("temperature", "top_k", "top_p")),
+)
+_NEEDS = (
+  ("out", "prompts"),
+  ("resume", "out"),
+  ("batch", "prompts"),
+  ("logprobs", "prompts"),
+  ("system", "chat"),
+  ("draft", "method"),
+)
+
+
+def check(flags: argparse.Namespace) -> None:
+  """Raises UserError for flags that do not go together."""
+  given = {
+    k for k, v in vars(flags).items() if v is not None and v is not False
+  }
+  for one, other in _EITHER:
+    if {one, other} <= given:
+      raise UserError(
+        f"--{one} and --{other} contradict each other; leave one out"
+      )
+  for one, other in _NEEDS:
+    if one in given and other not in given:
+      raise UserError(f"--{one} belongs to --{other}, which is not given")
+  for name, least in (("num_samples", 1), ("batch", 1), ("logprobs", 0)):
+    value = getattr(flags, name)
+    if value is not None and value < least:
+      raise UserError(f"--{name}={value}: use {least} or more")
+  if flags.chat and flags.num_samples > 1:
+    raise UserError("--chat and --num_samples contradict each other")
 
 
 def find(flags: argparse.Namespace) -> tuple[Pretrained, Any]:
@@ -109,47 +175,76 @@ def find(flags: argparse.Namespace) -> tuple[Pretrained, Any]:
 def make_writer(
   flags: argparse.Namespace, found: Pretrained, usual: Any
 ) -> Writer:
-  """A model as a writer, sampled by the flags or else as usual."""
-  if flags.num_samples < 1:
-    raise UserError(f"--num_samples={flags.num_samples}: use 1 or more")
-
-  def chosen(value: Any, default: Any) -> Any:
-    return default if value is None else value
-
-  cold = flags.greedy or (flags.chat and flags.temperature is None)
+  """A model as a writer, which goes on as the flags say or else as usual."""
+  n = flags.max_new_tokens
+  if n is None:
+    n = 512 if flags.chat else usual.tokens
+  method = make_method(flags, found, usual)
   compute = Compute(dtype=flags.dtype, unroll=True)
   return Writer(
     model=found.model,
     params=decode.ready(found.model, found.params, compute),
     compute=compute,
     tokenizer=found.tokenizer,
-    sampler=make_sampler(
-      0 if cold else chosen(flags.temperature, usual.temperature),
-      chosen(flags.top_k, usual.top_k),
-      chosen(flags.top_p, usual.top_p),
-    ),
-    n=chosen(flags.max_new_tokens, 512 if flags.chat else usual.tokens),
+    method=method,
+    n=n,
     key=jax.random.key(flags.seed),
     ends=found.ends,
     start=found.start,
+    stops=[_unescaped(stop) for stop in flags.stop or ()],
+    long="truncate" if flags.truncate else "slide" if flags.slide else None,
   )
 
 
-def chat(flags: argparse.Namespace) -> None:
-  """A conversation: one turn with --prompt, else a turn per line of input."""
-  found, usual = find(flags)
-  template = _template(flags.template, found.template)
-  talk = Chat(make_writer(flags, found, usual), template)
-  if flags.system is not None:
-    talk.messages.append({"role": "system", "content": flags.system})
-  if flags.prompt is not None:
-    show(talk.reply(flags.prompt))
-  elif sys.stdin.isatty():
-    ask("Talk. Ctrl-C stops an answer, Ctrl-D ends.", talk.reply)
-  else:
-    for line in sys.stdin:
-      show(talk.reply(line.removesuffix("\n")))
-  print(talk.writer.figures(), file=sys.stderr)
+def make_method(
+  flags: argparse.Namespace, found: Pretrained, usual: Any
+) -> Method:
+  """How the flags, or else the run's config, say that texts go on."""
+  filters = None
+  if flags.sampler is not None:
+    filters = parse_filters(flags.sampler, found.ends, found.model.vocab)
+  draft = None
+  if flags.draft is not None:
+    smaller = pretrained.read(flags.draft, flags.dtype)
+    draft = smaller.model, smaller.params
+  sampler = _sampler(flags, usual)
+  method = parse_method(flags.method or "sample", filters, sampler, draft)
+  if method.counts is not None and flags.num_samples > method.counts:
+    raise UserError(
+      f"--method={flags.method} finds {method.counts} texts of a prompt; ask "
+      f"for fewer than --num_samples={flags.num_samples}, or raise its numbers"
+    )
+  if flags.logprobs is not None and not method.scores:
+    raise UserError(
+      "--logprobs works where tokens are chosen one by one; use "
+      "--method=sample or --method=greedy"
+    )
+  if flags.slide and not method.streams:
+    raise UserError(
+      f"--method={flags.method} needs the whole text, so nothing can --slide; "
+      "use --truncate, or --method=sample"
+    )
+  return method
+
+
+def _sampler(flags: argparse.Namespace, usual: Any) -> Sampler:
+  """The sampler of the three usual numbers; conversations are greedy."""
+  names = ("temperature", "top_k", "top_p")
+  given = [name for name in names if getattr(flags, name) is not None]
+  method = re.split(r"\W", flags.method or "")[0]
+  if given and method in ("greedy", "beam", "diverse_beam", "contrastive"):
+    raise UserError(f"--method={method} draws nothing; leave --{given[0]} out")
+  numbers = {n: getattr(flags if n in given else usual, n) for n in names}
+  cold = flags.chat and not flags.method and "temperature" not in given
+  if cold or flags.greedy:
+    numbers["temperature"] = 0
+  return make_sampler(**numbers)
+
+
+def _unescaped(text: str) -> str:
+  r"""What a shell cannot easily write: \n, \t and \\ become what they mean."""
+  meant = {"n": "\n", "t": "\t", "\\": "\\"}
+  return re.sub(r"\\([nt\\])", lambda found: meant[found[1]], text)
 
 
 def _template(name: str | None, own: ChatTemplate | None) -> ChatTemplate:
@@ -170,6 +265,59 @@ def _template(name: str | None, own: ChatTemplate | None) -> ChatTemplate:
         f"--template={name} is neither {', '.join(TEMPLATES)} nor a file"
       ) from error
   return dataclasses.replace(own or ChatTemplate(""), source=source)
+
+
+# --- What is done with it ---------------------------------------------------
+
+
+def many(
+  flags: argparse.Namespace,
+  writer: Writer,
+  found: Pretrained,
+  requests: Sequence[batch.Request],
+) -> None:
+  """Continues the prompts of a file."""
+  template = found.template
+  if flags.template is not None:
+    template = _template(flags.template, template)
+  batches = batch.Batches(
+    writer,
+    template,
+    flags.seed,
+    flags.num_samples,
+    flags.batch or 8,
+    flags.logprobs,
+  )
+  batch.run(batches, requests, flags.out, flags.resume)
+
+
+def chat(flags: argparse.Namespace, talk: Chat) -> None:
+  """A conversation: one turn with --prompt, else a turn per line of input."""
+  if flags.system is not None:
+    talk.system(flags.system)
+
+  def answer(line: str) -> Iterable[str]:
+    said = talk.command(line)
+    return talk.reply(line) if said is None else [said]
+
+  if flags.prompt is not None:
+    show(talk.reply(flags.prompt))
+  elif sys.stdin.isatty():
+    ask("Talk. Ctrl-C stops an answer, Ctrl-D ends, /help helps.", answer)
+  else:
+    for line in sys.stdin:
+      show(answer(line.removesuffix("\n")))
+
+
+def conclude(writer: Writer, path: str | None) -> None:
+  """Prints the figures, and writes them to a file if there is a path."""
+  print(writer.figures, file=sys.stderr)
+  if path is not None:
+    try:
+      report = json.dumps(writer.figures.report(), indent=2)
+      Path(path).write_text(report + "\n", encoding="utf-8")
+    except OSError as error:
+      raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def converse(writer: Writer) -> None:

@@ -260,7 +260,7 @@ def best_of(
   score: Callable[[Text, float], float] | None = None,
   sampler: Sampler = Sample(),
   key: Array | None = None,
-  eot: int | None = None,
+  eot: int | Sequence[int] | None = None,
   batch: int = 16,
   compute: Compute = UNROLLED,
 ) -> list[tuple[float, Text]]:
@@ -277,7 +277,7 @@ def best_of(
       verifier); None means log p per token.
     sampler: how they are drawn.
     key: their randomness.
-    eot: ends a text.
+    eot: ends a text; one token, or several.
     batch: how many are drawn at a time.
     compute: how to run.
 
@@ -314,12 +314,11 @@ def best_of(
   return [(value, text) for value, _, text in sorted(heap, reverse=True)]
 
 
-def _whole(row: np.ndarray, eot: int | None) -> Text:
+def _whole(row: np.ndarray, eot: int | Sequence[int] | None) -> Text:
   """The tokens up to and with the first end."""
-  tokens = row.tolist()
-  if eot in tokens:
-    tokens = tokens[: tokens.index(eot) + 1]
-  return tuple(tokens)
+  ends = () if eot is None else np.atleast_1d(np.asarray(eot))
+  last = np.flatnonzero(np.isin(row, ends))[:1].tolist() or [len(row)]
+  return tuple(row[: last[0] + 1].tolist())
 
 
 def token_f1(a: Text, b: Text) -> float:
