@@ -88,6 +88,10 @@ def model(config: Config, vocab: int, origin: Path | None = None) -> Decoder:
       "model there is as it is; leave one of them out"
     )
   found = load_model(origin)
+  if not isinstance(found, Decoder):
+    raise UserError(
+      f"{config.model.path} is no decoder, so plain text cannot train it"
+    )
   check(found, vocab, config.seq_len)
   return found
 

@@ -102,7 +102,7 @@ def load_model(path: str | Path) -> Decoder:
     model = values.from_json(file.read_text(encoding="utf-8"))
   except (UserError, UnicodeDecodeError) as e:
     raise UserError(f"{file} cannot be read: {e}") from e
-  if not isinstance(model, Decoder):
+  if not hasattr(model, "params"):  # an encoder-decoder has them, too
     raise UserError(f"{file} describes no model but {model!r}")
   return model
 

@@ -11,6 +11,7 @@ from jaxlm.convert import main
 from jaxlm.data.tokenizers import ByteBPE, Chars
 from jaxlm.errors import UserError
 from jaxlm.layers.param import init
+from jaxlm.models import hub
 from jaxlm.models.families import llama, modern
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 60
@@ -117,3 +118,17 @@ def test_errors(ours, tmp_path):
     "no family on the Hugging Face hub", f"--from={tmp_path / 'modern'}", to
   )
   assert [p.name for p in tmp_path.iterdir()] == ["modern"]
+
+
+def test_an_encoder_decoder_converts_too(tmp_path):
+  """It is no `Decoder`, and is written down and read back all the same."""
+  config = {"model_type": "t5", "vocab_size": 33, "d_model": 16, "d_kv": 8}
+  config |= {"d_ff": 32, "num_layers": 2, "num_heads": 2, "pad_token_id": 0}
+  config |= {"decoder_start_token_id": 0}
+  model = hub.find(config).read(config)
+  params = init(model.params(), jax.random.key(0))
+  jaxlm.save(tmp_path / "a", model, params, format="hf")
+  main([f"--from={tmp_path / 'a'}", f"--to={tmp_path / 'b'}"])
+  found, loaded = jaxlm.load(tmp_path / "b")
+  assert found == model
+  assert_same(loaded, params)
