@@ -177,7 +177,7 @@ def test_every_option_in_every_form(name: str, form: str):
   np.testing.assert_allclose(out, want, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("form", sorted(FORMS.keys() - {"reference"}))
+@pytest.mark.parametrize("form", ["blocks"])  # flash: its own tests
 @pytest.mark.parametrize("t", [1, 63, 64, 65, 150])
 @pytest.mark.parametrize("name", ["causal", "sliding", "chunked", "full"])
 def test_gradients_of_every_form(name: str, t: int, form: str):

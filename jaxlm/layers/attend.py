@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 from jaxlm.errors import UserError
 from jaxlm.layers.compute import Compute, active_mesh
 from jaxlm.layers.kernels.blocks import attend_causal
+from jaxlm.layers.kernels.flash import flash_attention
 from jaxlm.layers.mask import Mask, PrefixLM
 from jaxlm.layers.norm import soft_cap
 from jaxlm.layers.position import Alibi
@@ -226,7 +227,66 @@ def attend_blocks(
   )
 
 
-FORMS = {"reference": attend_reference, "blocks": attend_blocks}
+def attend_flash(
+  q: Array,
+  k: Array,
+  v: Array,
+  mask: Mask,
+  at: At,
+  keys: At,
+  *,
+  scale: float,
+  softcap: float | None = None,
+  sinks: Array | None = None,
+  slopes: Array | None = None,
+  bias: Array | None = None,
+  moved: Moved | None = None,
+) -> Array:
+  """The same by Pallas kernels: compiled on a TPU, interpreted on a CPU.
+
+  A bias is as large as the scores themselves, and there, as for keys that are
+  met elsewhere, the reference takes over.
+  """
+  options = {"scale": scale, "softcap": softcap, "sinks": sinks}
+  options["slopes"] = slopes
+  if bias is None and moved is None:
+    return flash_attention(q, k, v, mask, at, keys, **options)
+  options |= {"bias": bias, "moved": moved}
+  return attend_reference(q, k, v, mask, at, keys, **options)
+
+
+FORMS = {
+  "reference": attend_reference,
+  "blocks": attend_blocks,
+  "flash": attend_flash,
+}
+
+
+def choose(compute: Compute, queries: int | None = None) -> tuple[str, str]:
+  """Which form runs, and why.
+
+  Args:
+    compute: 'auto' chooses by the devices of the mesh in force, or the default
+      ones.
+    queries: how many there are in a row; None means many.
+
+  Raises:
+    UserError: if `compute.attention` is no implementation.
+  """
+  if compute.attention in FORMS:
+    return compute.attention, "asked for"
+  if compute.attention != "auto":
+    raise UserError(
+      f"unknown attention {compute.attention!r}; known: auto, "
+      f"{', '.join(FORMS)}"
+    )
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  platform = jax.default_backend() if device is None else device.platform
+  if platform != "tpu":
+    return "blocks", f"plain XLA, on {platform}"
+  if queries == 1:
+    return "reference", "one query's scores are one row"
+  return "flash", "the kernel for TPUs"
 
 
 def attend(
@@ -272,11 +332,7 @@ def attend(
   """
   at = At() if at is None else at
   keys = at if keys is None else keys
-  name = "blocks" if compute.attention == "auto" else compute.attention
-  if name not in FORMS:
-    raise UserError(
-      f"unknown attention {name!r}; known: auto, {', '.join(FORMS)}"
-    )
+  name, _ = choose(compute, q.shape[1])
   form = functools.partial(
     FORMS[name],
     scale=q.shape[-1] ** -0.5 if scale is None else scale,

@@ -73,7 +73,7 @@ class Chunked:
 
   def allows(self, q: Array, k: Array) -> Array:
     """True where `k` is not after `q` and lies in the same chunk."""
-    return (k <= q) & (k // self.size == q // self.size)
+    return (k <= q) & (k >= q - q % self.size)
 
 
 @dataclass(frozen=True)

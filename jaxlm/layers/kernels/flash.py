@@ -1,0 +1,319 @@
+"""Flash attention on TPUs. Twin: `attend_reference`.
+
+Memory grows with the length and not with its square: scores live in blocks
+that never leave the chip (arXiv:2205.14135, arXiv:2307.08691). One pair of
+kernels reads the mask's value, whatever it is; `visits` reads from the same
+value which pairs of blocks there are to compute. docs/kernels.md explains.
+
+The heads of a group (GQA) and the queries of a block stand side by side, one
+column each, so that a block of keys is read once for all heads that share it,
+and a single query of many heads still fills a matrix.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.errors import UserError
+from jaxlm.layers.kernels import visits
+from jaxlm.layers.kernels.flash_backward import backward
+from jaxlm.layers.kernels.flash_forward import (
+  Operands,
+  Setting,
+  Steps,
+  forward,
+)
+from jaxlm.layers.mask import Mask, PrefixLM
+
+if TYPE_CHECKING:  # `attend` imports this file
+  from jaxlm.layers.attend import At
+
+Array = jax.Array
+
+
+@dataclass(frozen=True)
+class Tiles:
+  """How large the blocks are.
+
+  Attributes:
+    columns: the most columns (queries times heads of a group) of a block.
+    keys: the most keys of a block.
+    lanes: what both are rounded up to; a TPU's registers have 128.
+  """
+
+  columns: int = 1024
+  keys: int = 512
+  lanes: int = 128
+
+  def queries(self, t: int, group: int) -> int:
+    """Queries of a block: a power of two."""
+    most = max(1, self.columns // group)
+    return min(1 << (most.bit_length() - 1), 1 << (t - 1).bit_length())
+
+  def up(self, n: int) -> int:
+    """`n` rounded up to whole registers."""
+    return math.ceil(n / self.lanes) * self.lanes
+
+
+TILES = Tiles()
+
+
+def flash_attention(
+  q: Array,
+  k: Array,
+  v: Array,
+  mask: Mask,
+  at: "At",
+  keys: "At",
+  *,
+  scale: float,
+  softcap: float | None = None,
+  sinks: Array | None = None,
+  slopes: Array | None = None,
+  tiles: Tiles = TILES,
+) -> Array:
+  """Attention in blocks that stay on the chip; see `attend`.
+
+  Runs compiled on a TPU and interpreted, slowly, on a CPU. `slopes` are
+  numbers of the model and get no gradient.
+
+  Args:
+    q: `[batch, seq, heads, head_dim]`.
+    k: `[batch, keys, kv_heads, head_dim]`.
+    v: `[batch, keys, kv_heads, value_dim]`.
+    mask: who sees whom.
+    at: where the queries stand.
+    keys: where the keys stand.
+    scale: of the products.
+    softcap: of the scores, or None.
+    sinks: learned logits `[heads]` in the denominator, or None.
+    slopes: of ALiBi, float32 `[heads]`, or None.
+    tiles: sizes of the blocks.
+
+  Returns:
+    `[batch, seq, heads, value_dim]` in the dtype of `v`.
+  """
+  (b, t, n, _), (s, groups) = q.shape, k.shape[1:3]
+  if n % groups:
+    raise UserError(
+      f"{n} query heads do not share {groups} key heads evenly; give a multiple"
+    )
+  queries = tiles.queries(t, n // groups)
+  data = _data(mask, at, keys, b, t, s)
+  setting = Setting(
+    mask=mask,
+    queries=queries,
+    columns=tiles.up(queries * (n // groups)),
+    keys=min(tiles.keys, tiles.up(s)),
+    length=s,
+    scale=scale,
+    softcap=softcap,
+    fields=tuple(data),
+    sinks=sinks is not None,
+    slopes=slopes is not None,
+  )
+  plan = plan_steps(setting, data, t)
+  return _attention(setting, plan, data, q, k, v, sinks, slopes)
+
+
+# --- What comes with the data -----------------------------------------------
+
+
+def _data(mask: Mask, at: "At", keys: "At", b: int, t: int, s: int) -> dict:
+  """What of the sight comes with the data: name -> int32 ([b, t], [b, s])."""
+
+  def full(x: Array | None, n: int) -> Array:
+    x = jnp.arange(n, dtype=jnp.int32)[None] if x is None else x
+    return jnp.broadcast_to(x.astype(jnp.int32), (b, n))
+
+  data = {}
+  if at.positions is not None or keys.positions is not None:
+    data["positions"] = full(at.positions, t), full(keys.positions, s)
+  if at.segments is not None and keys.segments is not None:
+    data["segments"] = full(at.segments, t), full(keys.segments, s)
+  if isinstance(mask, PrefixLM) and at.blocks is not None:
+    data["blocks"] = full(at.blocks, t), full(keys.blocks, s)
+  return data
+
+
+def plan_steps(setting: Setting, data: dict, t: int) -> tuple[Steps, Steps]:
+  """The walks by blocks of queries and by blocks of keys.
+
+  Args:
+    setting: says the mask and the blocks.
+    data: as `_data` gives it; empty where the trace knows everything.
+    t: how many queries.
+  """
+  q, k = (t, setting.queries), (setting.length, setting.keys)
+  possible = np.ones([-(-n // size) for n, size in (q, k)], bool)
+  if "positions" not in data and "blocks" not in data:
+    possible = visits.meets(
+      setting.mask, _each(visits.ranges(*q), 1), _each(visits.ranges(*k), 0)
+    )
+  if not data:
+    return Steps(visits.listed(possible)), Steps(visits.listed(possible.T))
+  seen = _seen(setting, data, possible, q, k)
+  turned = seen.swapaxes(1, 2)
+  return (
+    Steps(*visits.sorted_steps(seen, possible)),
+    Steps(*visits.sorted_steps(turned, possible.T)),
+  )
+
+
+def _each(bounds: visits.Bounds, axis: int) -> visits.Bounds:
+  """Bounds with a new last-but-`axis` axis, to meet others."""
+  return visits.Bounds(
+    *(x[..., None] if axis else x[..., None, :] for x in bounds)
+  )
+
+
+def _seen(setting: Setting, data, possible, q, k) -> Array:
+  """Which blocks meet: bool [batch, blocks of queries, blocks of keys]."""
+
+  def both(name: str, q_least: int | None, k_least: int | None):
+    x, y = data[name]
+    x, y = _padded(x, q[1], 1, 0), _padded(y, k[1], 1, 0)
+    return (
+      _each(visits.bounds(x, q[1], q[0], q_least), 1),
+      _each(visits.bounds(y, k[1], k[0], k_least), 0),
+    )
+
+  seen = jnp.asarray(possible)[None]
+  if "positions" in data:
+    seen = visits.meets(setting.mask, *both("positions", None, 0), jnp)
+  elif "blocks" in data:
+    q_range, k_range = visits.ranges(*q), visits.ranges(*k)
+    seen = jnp.asarray(
+      visits.meets(setting.mask, _each(q_range, 1), _each(k_range, 0))
+    )[None]
+  if "blocks" in data:
+    seen = seen | visits.overlap(*both("blocks", 0, 0))
+  if "segments" in data:
+    seen = seen & visits.overlap(*both("segments", None, None))
+  b = next(iter(data.values()))[0].shape[0]
+  return jnp.broadcast_to(seen, (b, *possible.shape))
+
+
+# --- Layouts ----------------------------------------------------------------
+
+
+def _padded(x: Array, block: int, axis: int, fill: int = 0) -> Array:
+  """`x` with `axis` filled up to whole blocks."""
+  more = -x.shape[axis] % block
+  widths = [(0, more if i == axis else 0) for i in range(x.ndim)]
+  return jnp.pad(x, widths, constant_values=fill) if more else x
+
+
+def _columns(setting: Setting, x: Array, groups: int) -> Array:
+  """[batch, seq, heads, dim] as [batch, groups, dim, P].
+
+  P goes over blocks, heads of the group and queries of the block, and what
+  rounds a block up.
+  """
+  b, _, n, h = x.shape
+  x = _padded(x, setting.queries, 1)
+  x = x.reshape(b, -1, setting.queries, groups, n // groups, h)
+  x = jnp.transpose(x, (0, 3, 5, 1, 4, 2))
+  x = _padded(x.reshape(*x.shape[:4], -1), setting.columns, 4)
+  return x.reshape(b, groups, h, -1)
+
+
+def _from_columns(setting: Setting, x: Array, t: int, group: int) -> Array:
+  """The inverse of `_columns`."""
+  b, groups, h, _ = x.shape
+  x = x.reshape(b, groups, h, -1, setting.columns)
+  x = x[..., : group * setting.queries]
+  x = x.reshape(b, groups, h, -1, group, setting.queries)
+  x = jnp.transpose(x, (0, 3, 5, 1, 4, 2))
+  return x.reshape(b, -1, groups * group, h)[:, :t]
+
+
+def _per_head(setting: Setting, x: Array, groups: int) -> Array:
+  """[heads] as float32 [groups, 1, columns]."""
+  x = x.astype(jnp.float32).reshape(groups, 1, -1)
+  return _padded(jnp.repeat(x, setting.queries, 2), setting.columns, 2)
+
+
+def _operands(setting: Setting, data, q, k, v, sinks, slopes) -> Operands:
+  groups = k.shape[2]
+  at = keys = None
+  if data:
+    # Queries in columns: the fields take the place of features, and one
+    # "head" per head of the group says the same.
+    group = q.shape[2] // groups
+    at = jnp.stack([x for x, _ in data.values()], axis=-1)[:, :, None]
+    at = jnp.broadcast_to(at, (*at.shape[:2], group, at.shape[3]))
+    at = _columns(setting, at, 1)[:, 0]
+    keys = jnp.stack([x for _, x in data.values()], axis=1)
+    keys = _padded(_padded(keys, setting.keys, 2, -1), 8, 1)
+
+  def by_head(x: Array) -> Array:
+    return _padded(jnp.swapaxes(x, 1, 2), setting.keys, 2)
+
+  return Operands(
+    _columns(setting, q, groups),
+    by_head(k),
+    by_head(v),
+    at,
+    keys,
+    None if sinks is None else _per_head(setting, sinks, groups),
+    None if slopes is None else _per_head(setting, slopes, groups),
+  )
+
+
+# --- The function and its gradient ------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(setting: Setting, plan, data, q, k, v, sinks, slopes) -> Array:
+  return _forward(setting, plan, data, q, k, v, sinks, slopes)[0]
+
+
+def _forward(setting: Setting, plan, data, q, k, v, sinks, slopes):
+  x = _operands(setting, data, q, k, v, sinks, slopes)
+  out, lse = _on_device(functools.partial(forward, setting), x, plan[0])
+  out = _from_columns(setting, out, q.shape[1], q.shape[2] // k.shape[2])
+  return out, (plan, data, q, k, v, sinks, slopes, out, lse)
+
+
+def _backward(setting: Setting, saved, do: Array):
+  plan, data, q, k, v, sinks, slopes, out, lse = saved
+  groups, t, group = k.shape[2], q.shape[1], q.shape[2] // k.shape[2]
+  delta = jnp.sum(
+    do.astype(jnp.float32) * out.astype(jnp.float32), -1, keepdims=True
+  )
+  x = _operands(setting, data, q, k, v, sinks, slopes)
+  dq, dk, dv = _on_device(
+    functools.partial(backward, setting),
+    x,
+    lse,
+    _columns(setting, delta, groups),
+    _columns(setting, do, groups),
+    plan,
+  )
+  dq = _from_columns(setting, dq, t, group)
+  dk, dv = (jnp.swapaxes(y, 1, 2)[:, : k.shape[1]] for y in (dk, dv))
+  dsinks = None
+  if sinks is not None:  # a key without a value: dP = 0, so dS = -P delta
+    sums = _from_columns(setting, lse, t, group)
+    p = jnp.exp(sinks.astype(jnp.float32)[None, None, :, None] - sums)
+    dsinks = -jnp.sum(p * delta, (0, 1, 3)).astype(sinks.dtype)
+  none = None if slopes is None else jnp.zeros_like(slopes)
+  return None, None, dq, dk, dv, dsinks, none
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _on_device(kernel, *args):
+  """Compiled where there is a TPU, interpreted on a CPU."""
+  return jax.lax.platform_dependent(
+    *args,
+    cpu=functools.partial(kernel, interpret=True),
+    tpu=functools.partial(kernel, interpret=False),
+  )
