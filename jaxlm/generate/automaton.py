@@ -37,12 +37,13 @@ class Automaton:
 
   Attributes:
     table: the state that a kind of token leads to, -1 where it is forbidden,
-      int16 or int32 [states, kinds]. Kind 0 is forbidden everywhere. Both
+      int16 or int32 [states, kinds]. Kind 0 is forbidden everywhere, kind 1
+      ends the text: allowed where it may end, and leads nowhere else. Both
       sizes are powers of two, so that few programs are compiled.
     kind: of each token, int32 [vocab].
     least: how few tokens lead from a state to one where the text may end,
       int32 [states]; 0 where it may end here, `NEVER` where none do.
-    ends: tokens that end the text, allowed there and only there, int32 [some].
+    ends: tokens that end the text, int32 [some].
     most: how many tokens there is room for, int32.
   """
 
@@ -73,19 +74,13 @@ def allowed(
   following = automaton.table[state].astype(jnp.int32)  # [rows, kinds]
   left = jnp.asarray(NEVER - 1 if left is None else left, jnp.int32)
   fits = (following >= 0) & (automaton.least[following] <= left)
-  fits = fits[:, automaton.kind]
-  vocab = automaton.kind.shape[0]
-  ends = jnp.where(automaton.ends < 0, vocab, automaton.ends)  # -1: no token
-  done = jnp.broadcast_to(
-    automaton.least[state][:, None] == 0, (len(state), len(ends))
-  )
-  return fits.at[:, ends].set(done, mode="drop")
+  return fits[:, automaton.kind]
 
 
 def advance(automaton: Automaton, state: Array, token: Array) -> Array:
   """The states int32 `[rows]` that allowed tokens int32 `[rows]` lead to.
 
-  What ends a text leads nowhere, and leaves its row where it is.
+  Other tokens leave their row where it is.
   """
   following = automaton.table[state, automaton.kind[token]].astype(jnp.int32)
   return jnp.where(following < 0, state, following)
@@ -119,9 +114,15 @@ def insist(token: Array, open_: Array | None, scores: Array) -> Array:
   if open_ is None:
     return token
   fine = jnp.take_along_axis(open_, token[:, None], axis=1)[:, 0]
-  floor = jnp.finfo(scores.dtype).min
-  best = jnp.where(open_, jnp.maximum(scores, floor), -jnp.inf)
-  return jnp.where(fine, token, jnp.argmax(best, axis=-1).astype(token.dtype))
+
+  def likeliest() -> Array:
+    floor = jnp.finfo(scores.dtype).min
+    best = jnp.where(open_, jnp.maximum(scores, floor), -jnp.inf)
+    return jnp.argmax(best, axis=-1).astype(token.dtype)
+
+  # Seldom needed, and as slow as all else that a constraint costs.
+  best = jax.lax.cond(jnp.all(fine), lambda: token, likeliest)
+  return jnp.where(fine, token, best)
 
 
 def moved(
@@ -159,6 +160,8 @@ def over_tokens(
   table[:states, :kinds] = np.where(functions == states, -1, functions)
   least = np.full(rows, NEVER, np.int32)
   least[:states][dfa.accept] = 0
+  table[:, 1] = np.where(least == 0, np.arange(rows), -1)
+  kind[list(ends)] = 1
   found = Automaton(
     table, kind, least, np.array(ends, np.int32), np.int32(NEVER)
   )
@@ -177,7 +180,8 @@ def _kinds(dfa: Dfa, words: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
   A word takes every state somewhere: it is a function, the composition of
   those of its bytes. All words are read at once, byte by byte, and those that
   are the same function so far go on as one: a trie whose like branches have
-  grown together. The last state is that of what is forbidden.
+  grown together. The last state is that of what is forbidden; kinds 0 and 1
+  lead there.
   """
   states, classes = dfa.next.shape
   dead = np.where(dfa.next < 0, states, dfa.next)
@@ -200,8 +204,11 @@ def _kinds(dfa: Dfa, words: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
     ]
     kind[who] = np.array(new, np.int64)[which] if new else 0
   kind[lengths == 0] = nowhere
-  used, kind = np.unique(np.append(nowhere, kind), return_inverse=True)
-  return _nowhere_first(functions, used, kind[1:], nowhere)
+  used = [f for f in np.unique(kind) if f != nowhere]
+  number = np.zeros(len(functions), np.int32)  # of what is used: from 2 on
+  number[used] = np.arange(2, len(used) + 2)
+  both = [functions[nowhere]] * 2
+  return np.stack([*both, *(functions[f] for f in used)]), number[kind]
 
 
 def _number(known: dict, functions: list, function: np.ndarray) -> int:
@@ -216,15 +223,6 @@ def _number(known: dict, functions: list, function: np.ndarray) -> int:
       )
     functions.append(function)
   return number
-
-
-def _nowhere_first(
-  functions: list, used: np.ndarray, kind: np.ndarray, nowhere: int
-) -> tuple[np.ndarray, np.ndarray]:
-  """The functions that are used, `nowhere` as number 0, and the kinds."""
-  order = np.argsort(used != nowhere, kind="stable")
-  number = np.argsort(order).astype(np.int32)
-  return np.stack([functions[used[i]] for i in order]), number[kind]
 
 
 def _least(automaton: Automaton) -> np.ndarray:
@@ -461,8 +459,9 @@ def _fitted(
   """With kinds for all of the model's tokens; what ends a text is no text."""
   kind = np.zeros(vocab, np.int32)
   kind[: len(automaton.kind)] = automaton.kind
+  kind[kind == 1] = 0  # the tokenizer's own ends, if they are not these
   as_text = kind[list(ends)].any()
-  kind[list(ends)] = 0
+  kind[list(ends)] = 1
   found = automaton.replace(
     kind=kind, ends=np.array(ends, np.int32), most=np.int32(n)
   )
