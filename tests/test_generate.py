@@ -11,7 +11,7 @@ import pytest
 
 import jaxlm.generate
 from jaxlm.errors import UserError
-from jaxlm.generate import decode
+from jaxlm.generate import loop
 from jaxlm.generate.decode import generate, ready, stream
 from jaxlm.generate.prompts import pad_left, row_keys
 from jaxlm.generate.samplers import Greedy, Sample
@@ -217,20 +217,20 @@ def test_lengths_compile_once_per_size():
   """The number of new tokens and of the prompt's are data, up to rounding."""
   model, params = make("modern")
   generate(model, params, prompts(1, 17), 15)
-  sizes = decode._begin._cache_size(), decode._extend._cache_size()
+  sizes = loop.begin._cache_size(), loop.extend._cache_size()
   for seq in range(17, 25):
     generate(model, params, prompts(1, seq), 33 - seq)
   [*stream(model, params, prompts(1, 17), 10)]
-  assert (decode._begin._cache_size(), decode._extend._cache_size()) == sizes
+  assert (loop.begin._cache_size(), loop.extend._cache_size()) == sizes
 
 
 def test_a_text_that_slides_compiles_once():
   """The second window has the shapes of the first, and is as quick to begin."""
   model, params = make("modern")
   params = jax.device_put(params, jax.devices()[0])  # as `load` leaves them
-  sizes = decode._begin._cache_size(), decode._extend._cache_size()
+  sizes = loop.begin._cache_size(), loop.extend._cache_size()
   generate(model, params, prompts(2, 3), 120, slide=True)
-  after = decode._begin._cache_size(), decode._extend._cache_size()
+  after = loop.begin._cache_size(), loop.extend._cache_size()
   assert after == (sizes[0] + 1, sizes[1] + 1)
 
 

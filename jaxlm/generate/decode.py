@@ -12,36 +12,29 @@ a row says depends neither on its neighbours nor on how it was called.
 import functools
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
 from jaxlm.errors import UserError
-from jaxlm.generate.automaton import (
-  Constraint,
-  Course,
-  insist,
-  keep_open,
-  moved,
-  open_tokens,
-)
-from jaxlm.generate.filters import Seen
-from jaxlm.generate.new import New, no_tokens, noted, put
-from jaxlm.generate.prompts import Prompts, Rows, check
+from jaxlm.generate.automaton import Constraint, Course
+from jaxlm.generate.loop import Given, Method, State, begin, extend, make_room
+from jaxlm.generate.new import New, no_tokens
+from jaxlm.generate.prompts import Prompts, check
 from jaxlm.generate.samplers import Greedy, Sampler
-from jaxlm.generate.step import UNROLLED, prefill, step, take
+from jaxlm.generate.step import UNROLLED
+from jaxlm.layers.cache import FULL
 from jaxlm.layers.compute import Compute
 from jaxlm.layers.param import map_params
-from jaxlm.models.decoder import Decoder, layers_apart, logits
+from jaxlm.models.decoder import Decoder, layers_apart
 
 Array = jax.Array
 Tree = Any
 
 GREEDY = Greedy()
+LEG = 512  # places for new tokens of a text without an end
 
 
 def generate(
@@ -57,6 +50,9 @@ def generate(
   slide: bool = False,
   samples: int = 1,
   constraint: Constraint | None = None,
+  cache: Any = FULL,
+  prefill_chunk: int | None = None,
+  side: str = "left",
   compute: Compute = UNROLLED,
 ) -> Array:
   """Continues sequences of tokens.
@@ -81,6 +77,12 @@ def generate(
       the prompt is read once for all of them.
     constraint: what the new tokens have to spell, as `constraints.compile`
       makes it; its tokenizer says what ends them, unless `eot` does.
+    cache: how keys and values are remembered: `Full()`, `Ring`, `Quantised`
+      or `Paged` (docs/caches.md). With a ring the text may go on for ever.
+    prefill_chunk: read prompts so many tokens at a time, which bounds memory
+      and changes nothing else.
+    side: where prompts that differ in length are padded, 'left' or 'right';
+      those of the result are always on the left.
     compute: how to run; with `unroll` the layers are written out.
 
   Returns:
@@ -92,7 +94,7 @@ def generate(
       are NaN, more tokens than the model has positions for, or a constraint
       that cannot be satisfied with so many.
   """
-  method = Method(model, sampler, compute)
+  method = Method(model, sampler, compute, None, cache, prefill_chunk)
   prompts = check(
     model,
     tokens,
@@ -103,6 +105,8 @@ def generate(
     slide,
     samples,
     constraint,
+    side,
+    cache.endless,
   )
   found = _all(method, params, prompts, max_new_tokens)
   text = np.repeat(prompts.tokens, samples, axis=0)
@@ -123,6 +127,9 @@ def scored(
   slide: bool = False,
   samples: int = 1,
   constraint: Constraint | None = None,
+  cache: Any = FULL,
+  prefill_chunk: int | None = None,
+  side: str = "left",
   compute: Compute = UNROLLED,
 ) -> "New":
   """The new tokens of `generate`, with log-probabilities.
@@ -131,7 +138,7 @@ def scored(
   those of `generate`, and `top`: how many of the likeliest tokens are told
   beside each chosen one.
   """
-  method = Method(model, sampler, compute, top)
+  method = Method(model, sampler, compute, top, cache, prefill_chunk)
   prompts = check(
     model,
     tokens,
@@ -142,6 +149,8 @@ def scored(
     slide,
     samples,
     constraint,
+    side,
+    cache.endless,
   )
   return _all(method, params, prompts, max_new_tokens)
 
@@ -159,6 +168,9 @@ def stream(
   slide: bool = False,
   samples: int = 1,
   constraint: Constraint | None = None,
+  cache: Any = FULL,
+  prefill_chunk: int | None = None,
+  side: str = "left",
   compute: Compute = UNROLLED,
   pace: float = 0.02,
 ) -> Iterator[np.ndarray]:
@@ -169,7 +181,7 @@ def stream(
   none waits longer than about so many seconds for the others; 0 means one by
   one.
   """
-  method = Method(model, sampler, compute)
+  method = Method(model, sampler, compute, None, cache, prefill_chunk)
   prompts = check(
     model,
     tokens,
@@ -180,6 +192,8 @@ def stream(
     slide,
     samples,
     constraint,
+    side,
+    cache.endless,
   )
   blocks = _blocks(method, params, prompts, max_new_tokens, pace)
   return (token for block in blocks for token in block.tokens.T)
@@ -207,144 +221,6 @@ def _ready(model: Decoder, params: Tree, compute: Compute) -> Tree:
   return params | {"layers": layers_apart(model, params["layers"])}
 
 
-# --- The compiled part ------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Method:
-  """What is compiled: a model, how tokens are chosen, how it is run.
-
-  `top` is how many log-probabilities are kept beside the chosen token's; None
-  keeps none at all.
-  """
-
-  model: Decoder
-  sampler: Sampler
-  compute: Compute
-  top: int | None = None
-
-
-@struct.dataclass
-class Given:
-  """What every step reads and none changes: parameters and a constraint."""
-
-  params: Tree
-  constraint: Any
-
-
-@struct.dataclass
-class State:
-  """What decoding knows between two tokens.
-
-  Attributes:
-    rows: keys and ends.
-    cache: what the layers remember of all tokens but the last.
-    position: where the last token stands, int32 [rows].
-    seen: the text so far, with room for what is to come.
-    new: the new tokens and their log-probabilities, as many as fit.
-    filled: how many of `new` there are, int32.
-    broken: whether a row's logits were NaN, bool [rows].
-  """
-
-  rows: Rows
-  cache: Tree
-  position: Array
-  seen: Seen
-  new: New
-  filled: Array
-  broken: Array
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _begin(
-  method: Method,
-  length: int,
-  samples: int,
-  given: Given,
-  tokens: Array,
-  lengths: Array,
-  rows: Rows,
-) -> State:
-  """Reads prompts `[batch, seq]` into a cache of `length`; one new token."""
-  batch, seq = tokens.shape
-  x, cache = prefill(
-    method.model, given.params, tokens, lengths, length, method.compute
-  )
-  who = jnp.repeat(jnp.arange(batch, dtype=jnp.int32), samples)
-  here = jnp.arange(seq, dtype=jnp.int32)[None] >= seq - lengths[:, None]
-  room = jnp.full((batch, length), -1, jnp.int32)
-  text = jnp.concatenate([jnp.where(here, tokens, -1), room], axis=1)
-  state = State(
-    rows=rows,
-    cache=cache if samples == 1 else take(cache, who, method.compute),
-    position=lengths[who] - 1,
-    seen=Seen(text[who], jnp.maximum(seq - rows.made, 0), jnp.int32(seq)),
-    new=no_tokens(batch * samples, length, rows.eot[0], method.top),
-    filled=jnp.int32(0),
-    broken=jnp.zeros(batch * samples, bool),
-  )
-  return _choose(method, given, state, x[who])
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _extend(method: Method, given: Given, state: State, until: Array) -> State:
-  """Adds tokens until `until` of them are new, or all rows have ended."""
-
-  def go_on(state: State) -> Array:
-    return (state.filled < until) & ~jnp.all(state.rows.ended)
-
-  def advance(state: State) -> State:
-    last = jax.lax.dynamic_slice_in_dim(
-      state.seen.tokens, state.seen.end - 1, 1, axis=1
-    )
-    return _advance(method, given, state, last)
-
-  return jax.lax.while_loop(go_on, advance, state)
-
-
-def _advance(
-  method: Method, given: Given, state: State, tokens: Array
-) -> State:
-  """Reads the last token of each row, `[rows, 1]`, and chooses the next."""
-  x, cache = step(
-    method.model,
-    given.params,
-    tokens,
-    state.position,
-    state.cache,
-    method.compute,
-  )
-  return _choose(method, given, state.replace(cache=cache), x)
-
-
-def _choose(method: Method, given: Given, state: State, x: Array) -> State:
-  """Chooses the next token of each row from hidden states `[rows, 1, dim]`."""
-  rows, seen = state.rows, state.seen
-  scores = logits(method.model, given.params, x, method.compute)[:, 0]
-  open_ = open_tokens(given.constraint, rows.place, rows.made, scores.shape[1])
-
-  def choose(row: Array, key: Array, tokens: Array) -> Array:
-    one = seen.replace(tokens=tokens[None])
-    return method.sampler(row[None], jax.random.fold_in(key, rows.made), one)[0]
-
-  kept = keep_open(scores, open_)
-  token = jax.vmap(choose)(kept, rows.keys, seen.tokens)
-  token = insist(token, open_, scores)
-  token = jnp.where(rows.ended, rows.eot[0], token)
-  ended = rows.ended | jnp.any(token[:, None] == rows.eot[None], axis=1)
-  place = moved(given.constraint, rows.place, token)
-  return state.replace(
-    rows=rows.replace(made=rows.made + 1, ended=ended, place=place),
-    position=state.position + 1,
-    seen=seen.replace(
-      tokens=put(seen.tokens, token, seen.end), end=seen.end + 1
-    ),
-    new=noted(state.new, scores, token, state.filled, method.top),
-    filled=state.filled + 1,
-    broken=state.broken | jnp.isnan(jnp.max(scores, axis=-1)),
-  )
-
-
 # --- Around it --------------------------------------------------------------
 
 
@@ -368,6 +244,9 @@ def _blocks(
 
   A block takes about `pace` seconds, or with None a whole window.
   """
+  if method.kind.endless:
+    yield from _endless(method, params, prompts, n, pace)
+    return
   most = method.model.max_positions
   half = max(most // 2, 1)
   params = ready(method.model, params, method.compute)
@@ -383,7 +262,7 @@ def _blocks(
     tokens = np.zeros((len(text), seq), np.int32)
     tokens[:, seq - longest :] = text[:, text.shape[1] - longest :]
     given = Given(params, course.now())
-    state = _begin(method, length, samples, given, tokens, lengths, rows)
+    state = begin(method, length, samples, given, tokens, lengths, rows)
     if samples > 1:  # from here on every sample has a text of its own
       text, lengths = (np.repeat(x, samples, axis=0) for x in (text, lengths))
       samples = 1
@@ -399,6 +278,32 @@ def _blocks(
     if rows.ended.all():
       return
     lengths = lengths + room
+
+
+def _endless(
+  method: Method, params: Tree, prompts: Prompts, n: int, pace: float | None
+) -> Iterator[New]:
+  """The same from a ring: one state, which makes room for itself."""
+  seq, lengths = rounded(prompts.tokens.shape[1]), prompts.lengths
+  length = min(rounded(n), LEG)
+  leg = length if n <= length else length // 2
+  samples, made = len(prompts.rows.ended) // len(lengths), 0
+  pad = seq - prompts.tokens.shape[1]
+  tokens = np.pad(prompts.tokens, ((0, 0), (pad, 0)))
+  params = ready(method.model, params, method.compute)
+  given = Given(params, prompts.course.now())
+  if n == 0:
+    return
+  state = begin(method, length, samples, given, tokens, lengths, prompts.rows)
+  while True:
+    room = min(n - made, leg)
+    blocks = _window(method, given, prompts.course, state, room, pace)
+    for now, block in blocks:
+      state, made = now, made + block.tokens.shape[1]
+      yield block
+    if made >= n or np.all(state.rows.ended):
+      return
+    state = make_room(state, leg)
 
 
 def _sizes(most: int, half: int, longest: int, n: int) -> tuple[int, int]:
@@ -431,7 +336,7 @@ def _window(
     began = time.perf_counter()
     until = min(done + (course.stride or size), room)
     given = given.replace(constraint=course.now())
-    state = _extend(method, given, state, np.int32(until))
+    state = extend(method, given, state, np.int32(until))
     # Copies: the buffers themselves are given to the next call.
     filled = int(state.filled)
     new = state.new.between(done, filled)

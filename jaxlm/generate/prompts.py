@@ -70,6 +70,25 @@ def pad_left(
   return tokens, lengths
 
 
+def pad_right(
+  prompts: Sequence[Sequence[int]], pad: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+  """The same with the padding behind, for `generate(..., side="right")`.
+
+  >>> tokens, lengths = pad_right([[1, 2, 3], [4]])
+  >>> tokens.tolist(), lengths.tolist()
+  ([[1, 2, 3], [4, 0, 0]], [3, 1])
+  """
+  tokens, lengths = pad_left(prompts, pad)
+  return _turned(tokens, lengths), lengths
+
+
+def _turned(tokens: np.ndarray, by: np.ndarray) -> np.ndarray:
+  """Rows `[batch, seq]`, each turned to the right by so many places."""
+  places = np.arange(tokens.shape[1])[None] - by[:, None]
+  return np.take_along_axis(tokens, places % max(tokens.shape[1], 1), axis=1)
+
+
 def row_keys(key: Array | None, batch: int) -> Array:
   """A key for each row, `[batch]`; one key per row stays as it is.
 
@@ -98,19 +117,29 @@ def check(
   slide: bool,
   samples: int = 1,
   constraint: Constraint | None = None,
+  side: str = "left",
+  endless: bool = False,
 ) -> Prompts:
   """What the caller of `generate` gave, if it makes sense.
+
+  Args are those of `generate`, and `endless`: whether the cache is one for
+  texts without an end.
 
   Raises:
     UserError: as `generate`.
   """
   tokens = _checked_tokens(model, tokens)
   lengths = _checked_lengths(lengths, *tokens.shape)
+  if side not in ("left", "right"):
+    raise UserError(f"side={side!r}; prompts are padded on the left or right")
+  if side == "right":
+    tokens = _turned(tokens, tokens.shape[1] - lengths)
   if n < 0:
     raise UserError(f"max_new_tokens={n} is negative; use 0 or more")
   if samples < 1:
     raise UserError(f"samples={samples} of each prompt; use 1 or more")
-  _check_room(model, int(lengths.max()), n, slide)
+  if not endless or isinstance(model.positions, Learned):
+    _check_room(model, int(lengths.max()), n, slide)
   eot = ends_of(constraint, eot)
   ends = [-1] if eot is None else np.atleast_1d(np.asarray(eot))
   rows = Rows(

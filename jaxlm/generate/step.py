@@ -11,10 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxlm.errors import UserError
 from jaxlm.layers.attend import At
 from jaxlm.layers.cache import FULL, empty
 from jaxlm.layers.compute import Compute
-from jaxlm.layers.param import path_name
+from jaxlm.layers.param import path_name, paths
 from jaxlm.models.decoder import Decoder, hidden, layers_apart
 
 Array = jax.Array
@@ -31,6 +32,7 @@ def prefill(
   length: int,
   compute: Compute = UNROLLED,
   kind: Any = FULL,
+  chunk: int | None = None,
 ) -> tuple[Array, Tree]:
   """Reads prompts into a new cache.
 
@@ -42,12 +44,31 @@ def prefill(
     length: positions the cache has room for.
     compute: how to run.
     kind: how the cache remembers (`layers/cache.py`).
+    chunk: read so many tokens at a time: what a pass needs beside the cache
+      is then bounded, however long the prompts.
 
   Returns:
     The last hidden states `[batch, 1, dim]`, and the cache.
   """
-  x, cache = read(model, params, tokens, lengths, length, compute, kind)
-  return x[:, -1:], cache
+  if chunk is None or chunk >= tokens.shape[1]:
+    x, cache = read(model, params, tokens, lengths, length, compute, kind)
+    return x[:, -1:], cache
+  tokens = jnp.pad(tokens, ((0, 0), (-tokens.shape[1] % chunk, 0)))
+  cache = new_cache(model, len(tokens), length, compute, kind)
+
+  def part(cache: Tree, new: tuple[Array, Array]) -> tuple[Tree, Array]:
+    tokens, positions = new
+    x, cache = hidden(
+      model, params, tokens, At(positions=positions), cache, compute
+    )
+    return cache, x[:, -1:]
+
+  parts = (
+    jnp.moveaxis(x.reshape(len(x), -1, chunk), 1, 0)
+    for x in (tokens, places(tokens, lengths))
+  )
+  cache, x = jax.lax.scan(part, cache, tuple(parts))
+  return x[-1], cache
 
 
 def read(
@@ -60,16 +81,26 @@ def read(
   kind: Any = FULL,
 ) -> tuple[Array, Tree]:
   """`prefill`, with all hidden states `[batch, seq, dim]`."""
-  batch, seq = tokens.shape
-  cache = empty(model.cache(batch, length, kind), compute.jnp_dtype)
-  if compute.unroll:
-    cache = layers_apart(model, cache)
-  # Padding stands at negative positions: it is never written and never seen.
-  positions = jnp.arange(seq, dtype=jnp.int32)[None] + lengths[:, None] - seq
-  x, cache = hidden(
-    model, params, tokens, At(positions=positions), cache, compute
-  )
-  return x, cache
+  cache = new_cache(model, len(tokens), length, compute, kind)
+  at = At(positions=places(tokens, lengths))
+  return hidden(model, params, tokens, at, cache, compute)
+
+
+def new_cache(
+  model: Decoder, batch: int, length: int, compute: Compute, kind: Any = FULL
+) -> Tree:
+  """An empty cache; its layers are apart where they are written out."""
+  cache = empty(model.cache(batch, length, kind), compute.jnp_dtype, compute)
+  return layers_apart(model, cache) if compute.unroll else cache
+
+
+def places(tokens: Array, lengths: Array) -> Array:
+  """Positions of prompts that are padded on the left, int32 [batch, seq].
+
+  Padding stands at negative ones: it is never written and never seen.
+  """
+  seq = tokens.shape[1]
+  return jnp.arange(seq, dtype=jnp.int32)[None] + lengths[:, None] - seq
 
 
 def step(
@@ -91,7 +122,17 @@ def step(
 
 
 def take(cache: Tree, rows: Array, compute: Compute = UNROLLED) -> Tree:
-  """The cache of those rows, int32 `[new rows]`, in that order."""
+  """The cache of those rows, int32 `[new rows]`, in that order.
+
+  Raises:
+    UserError: if it is paged: rows would write to the same blocks.
+  """
+  if any(name.endswith("table") for name in paths(cache)):
+    raise UserError(
+      "rows of a paged cache cannot be copied, and several samples, beams or "
+      "candidates of a prompt need that; use a full cache, or give the prompt "
+      "several times to jaxlm.generate.pages.generate_paged"
+    )
   axis = 0 if compute.unroll else 1  # that of the rows, behind the layers
   return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis), cache)
 
