@@ -95,7 +95,7 @@ class Stats:
     each proposal is accepted with probability a, independently, the mean is
     (1 - a^(γ+1)) / (1 - a) (arXiv:2211.17192, equation 1).
     """
-    gained = int(self.made.sum()) - len(self.made)
+    gained = int(np.maximum(self.made - 1, 0).sum())
     return gained / max(int(self.calls.sum()), 1)
 
   @property
