@@ -8,6 +8,7 @@ evaluated: values are numbers, `true`, `false`, `none` and plain words.
 
 import inspect
 import re
+import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,18 +43,28 @@ class Call:
         f"unknown name {self.name!r}{near} There are {', '.join(makers)}"
       )
     make = makers[self.name]
+    words = inspect.signature(make)
     try:
-      inspect.signature(make).bind(*self.given, **dict(self.named))
+      given = words.bind(*self.given, **dict(self.named)).arguments
     except TypeError as error:
       raise UserError(
         f"{self.name}: {error}; it is {form(self.name, make)}"
       ) from None
-    try:
-      return make(*self.given, **dict(self.named))
-    except TypeError as error:  # a word where a number is compared
-      raise UserError(
-        f"{self.name}: {error}; it is {form(self.name, make)}, with numbers"
-      ) from None
+    for name, value in given.items():
+      many = words.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL
+      for one in value if many else (value,):
+        _check(self.name, name, one, words.parameters[name].annotation)
+    return make(*self.given, **dict(self.named))
+
+
+def _check(call: str, name: str, value: Any, kind: Any) -> None:
+  """Raises UserError unless a value is of the kind that an argument has."""
+  kinds = typing.get_args(kind) or (kind,)
+  kinds += (int,) if float in kinds else ()
+  if type(value) not in kinds:
+    names = {int: "a whole number", float: "a number", str: "a word"}
+    wanted = next((names[k] for k in kinds if k in names), "of its kind")
+    raise UserError(f"{call}: {name}={value!r} is not {wanted}")
 
 
 def form(name: str, make: Callable[..., Any]) -> str:
@@ -142,7 +153,7 @@ def makers(
   """
 
   def known(token: int) -> int:
-    if not isinstance(token, int) or not 0 <= token < (vocab or 2**31):
+    if not 0 <= token < (vocab or 2**31):
       raise UserError(
         f"token {token} is outside the vocabulary of {vocab} tokens; tokens "
         "are whole numbers from 0"
@@ -193,18 +204,4 @@ def parse_filters(
     UserError: for an unknown name, or numbers that make no sense.
   """
   known = makers(ends, vocab)
-  return tuple(_numbers(call, known)(known) for call in calls(text))
-
-
-def _numbers(call: Call, known: Mapping[str, Any]) -> Call:
-  """The call, if its arguments are numbers; only `by=` is a word."""
-  if call.name not in known:
-    return call  # calling it says so
-  for name, value in (*((None, x) for x in call.given), *call.named):
-    if name != "by" and (isinstance(value, bool) or not _is_number(value)):
-      raise UserError(f"{call.name}: {value!r} is not a number")
-  return call
-
-
-def _is_number(value: Any) -> bool:
-  return isinstance(value, int | float)
+  return tuple(call(known) for call in calls(text))

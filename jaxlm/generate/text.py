@@ -309,7 +309,8 @@ class Writer:
       notes=self.figures.notes,
     )
     self._remember(asked)
-    return self._told(self.method(asked), told, int(lengths.sum()), watch)
+    read = int(lengths[: len(told) // samples].sum())
+    return self._told(self.method(asked), told, read, watch)
 
   def _told(
     self,
