@@ -6,7 +6,6 @@ global one repeated are `(((local,) * 5 + (full,), 8),)`. Whatever varies is a
 value in a slot of a block, and `forward` has no flags for it.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ from jaxlm.layers.attention import Attention
 from jaxlm.layers.cache import FULL
 from jaxlm.layers.compute import DEFAULT, Compute, active_mesh
 from jaxlm.layers.dropout import dropout
+from jaxlm.layers.latent import LatentAttention
 from jaxlm.layers.linear import dot
 from jaxlm.layers.mlp import GLU, MLP
 from jaxlm.layers.moe import MoE
@@ -35,10 +35,12 @@ from jaxlm.layers.param import (
   stack,
 )
 from jaxlm.layers.position import Learned, Sinusoidal
+from jaxlm.layers.recurrent import RNN
+from jaxlm.layers.rglru import RGLRU
 
 Array = jax.Array
 Tree = Any
-Mixer = Attention
+Mixer = Attention | LatentAttention | RNN | RGLRU
 FFN = MLP | GLU | MoE
 
 
@@ -135,38 +137,6 @@ class Block:
 
 
 Segment = tuple[tuple[Block, ...], int]
-
-
-def segments(blocks: Sequence[Block]) -> tuple[Segment, ...]:
-  """A list of blocks, one per layer, as patterns and their repeats.
-
-  At each place the pattern that covers most layers is taken, the shortest of
-  those that cover as many: equal blocks become one pattern of one, and
-  `LLLGLLLGL` becomes `LLLG` twice and `L` once.
-  """
-  found, at = [], 0
-  while at < len(blocks):
-    best = max(
-      ((_repeats(blocks[at:], size), size) for size in range(1, 17)),
-      key=lambda pair: (_covered(*pair), -pair[1]),
-    )
-    n, size = best
-    found.append((tuple(blocks[at : at + size]), n))
-    at += n * size
-  return tuple(found)
-
-
-def _repeats(blocks: Sequence[Block], size: int) -> int:
-  """How often the first `size` blocks stand one after another; 0 if short."""
-  pattern, n = blocks[:size], 0
-  while len(pattern) == size and blocks[n * size : (n + 1) * size] == pattern:
-    n += 1
-  return n
-
-
-def _covered(n: int, size: int) -> int:
-  """Layers a pattern covers by repeating; a single pattern counts as one."""
-  return n * size if n > 1 else min(n, 1)
 
 
 @dataclass(frozen=True)

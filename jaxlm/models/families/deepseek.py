@@ -20,7 +20,7 @@ from jaxlm.layers.param import Normal
 from jaxlm.layers.position import Rope
 from jaxlm.layers.router import Groups, TopK, sigmoid, softmax
 from jaxlm.layers.scaling import Scaling, Yarn, softmax_factor
-from jaxlm.models.decoder import Block, Decoder, segments
+from jaxlm.models.decoder import Block, Decoder
 from jaxlm.models.hub import (
   Config,
   Hub,
@@ -31,6 +31,7 @@ from jaxlm.models.hub import (
   write_sizes,
 )
 from jaxlm.models.names import COMMON, Interleaved, Names
+from jaxlm.models.pattern import segments
 
 _INIT = Normal(0.006)  # of V2 and V3, both sections 3.1.2 and 4.2
 

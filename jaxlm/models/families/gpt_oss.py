@@ -20,7 +20,7 @@ from jaxlm.layers.param import Normal
 from jaxlm.layers.position import Rope
 from jaxlm.layers.router import TopK
 from jaxlm.layers.scaling import Scaling, Yarn
-from jaxlm.models.decoder import Block, Decoder, segments
+from jaxlm.models.decoder import Block, Decoder
 from jaxlm.models.hub import (
   Config,
   Hub,
@@ -32,6 +32,7 @@ from jaxlm.models.hub import (
   write_sizes,
 )
 from jaxlm.models.names import COMMON, Interleaved, Joined, Names
+from jaxlm.models.pattern import segments
 
 _YARN = Yarn(factor=32.0, original=4096, truncate=False)
 

@@ -22,7 +22,7 @@ from jaxlm.layers.param import Normal
 from jaxlm.layers.position import Rope
 from jaxlm.layers.router import TopK, sigmoid
 from jaxlm.layers.scaling import Llama3, Scaling
-from jaxlm.models.decoder import Block, Decoder, segments
+from jaxlm.models.decoder import Block, Decoder
 from jaxlm.models.hub import (
   Config,
   Hub,
@@ -37,6 +37,7 @@ from jaxlm.models.hub import (
   write_sizes,
 )
 from jaxlm.models.names import COMMON, Joined, Names
+from jaxlm.models.pattern import segments
 
 _INIT = Normal(0.02)
 

@@ -17,7 +17,7 @@ from jaxlm.layers.norm import RMSNorm
 from jaxlm.layers.param import Normal
 from jaxlm.layers.position import Rope
 from jaxlm.layers.scaling import Scaling
-from jaxlm.models.decoder import Block, Decoder, segments
+from jaxlm.models.decoder import Block, Decoder
 from jaxlm.models.hub import (
   Config,
   Hub,
@@ -28,6 +28,7 @@ from jaxlm.models.hub import (
   write_sizes,
 )
 from jaxlm.models.names import COMMON, Names
+from jaxlm.models.pattern import segments
 
 
 def decoder(

@@ -15,7 +15,8 @@ from jaxlm.layers.norm import RMSNorm
 from jaxlm.layers.position import Rope
 from jaxlm.layers.recurrent import GRU, LSTM, RNN, Elman
 from jaxlm.layers.rglru import RGLRU
-from jaxlm.models.decoder import Block, Decoder, segments
+from jaxlm.models.decoder import Block, Decoder
+from jaxlm.models.pattern import segments
 
 CELLS = {"gru": GRU(), "lstm": LSTM(), "rnn": Elman()}
 
