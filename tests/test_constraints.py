@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+import jaxlm
 from jaxlm.data.tokenizers import ByteBPE, Bytes, Chars
 from jaxlm.errors import UserError
 from jaxlm.generate import constraints, dfa, loop, regex, schema
+from jaxlm.generate.__main__ import main
 from jaxlm.generate.automaton import NEVER, advance, allowed, over_tokens
 from jaxlm.generate.constraints import Grammar, JsonSchema, Regex, compile
 from jaxlm.generate.decode import generate, scored, stream
@@ -624,3 +626,29 @@ def test_a_library_that_is_not_there(monkeypatch):
   ):
     with pytest.raises(UserError, match=r"jaxlm\[constrain\]"):
       compile(spec, BYTES)
+
+
+# --- The program ------------------------------------------------------------
+
+
+def test_the_program_is_constrained(tmp_path, capsys):
+  """Each flag; the new text is what was asked for."""
+  jaxlm.save(tmp_path, MODEL, PARAMS, BYTES)
+  (tmp_path / "schema.json").write_text('{"type": "boolean"}')
+  (tmp_path / "grammar.lark").write_text('start: ("x" | "y") "z"')
+
+  def said(flag: str) -> str:
+    main([f"--workdir={tmp_path}", "--prompt=A", "--max_new_tokens=9", flag])
+    return capsys.readouterr().out.removeprefix("A").removesuffix("\n")
+
+  assert re.fullmatch("[0-9]{4}", said("--regex=[0-9]{4}"))
+  assert said('--json_schema={"const": 1}') == "1"
+  assert said(f"--json_schema={tmp_path}/schema.json") in ("true", "false")
+  assert said(f"--grammar={tmp_path}/grammar.lark") in ("xz", "yz")
+  for flags, problem in (
+    (["--regex=a", '--json_schema={"const": 1}'], "one constraint"),
+    (["--grammar=nowhere"], "cannot read nowhere"),
+    (["--regex=a", "--method=beam"], "follows no constraint"),
+  ):
+    with pytest.raises(UserError, match=problem):
+      main([f"--workdir={tmp_path}", "--prompt=A", *flags])

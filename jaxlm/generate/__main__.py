@@ -27,9 +27,9 @@ from jaxlm import config as configs
 from jaxlm import program, workdir
 from jaxlm.data.chat import TEMPLATES, ChatTemplate
 from jaxlm.errors import UserError
-from jaxlm.generate import batch, decode
+from jaxlm.generate import batch, constraints, decode
 from jaxlm.generate.chat import Chat
-from jaxlm.generate.methods import Method, parse_method
+from jaxlm.generate.methods import Draw, Method, parse_method
 from jaxlm.generate.options import parse_filters
 from jaxlm.generate.samplers import Sampler, make_sampler
 from jaxlm.generate.text import Writer
@@ -69,6 +69,9 @@ def parser() -> argparse.ArgumentParser:
   add("--top_k", type=int, metavar="K", help="among the K likeliest; 0: all")
   add("--top_p", type=float, metavar="P", help="among those that sum to P")
   add("--greedy", action="store_true", help="the same as --temperature=0")
+  add("--regex", metavar="TEXT", help="what all of the new text has to match")
+  add("--json_schema", metavar="JSON", help="what it is, as JSON; or a file")
+  add("--grammar", metavar="FILE", help="a grammar it is of, as Lark writes it")
   add("--seed", type=int, default=0, metavar="N", help="of what is random")
   add("--num_samples", type=int, default=1, metavar="N", help="default: 1")
   add("--checkpoint", default="latest", help="latest, best, or a step")
@@ -224,7 +227,23 @@ def make_method(
       f"--method={flags.method} needs the whole text, so nothing can --slide; "
       "use --truncate, or --method=sample"
     )
-  return method
+  return _constrained(method, flags, found)
+
+
+def _constrained(
+  method: Method, flags: argparse.Namespace, found: Pretrained
+) -> Method:
+  """The method within the language that the flags ask for, if they do."""
+  spec = constraints.named(flags.regex, flags.json_schema, flags.grammar)
+  if spec is None:
+    return method
+  if not isinstance(method, Draw):
+    raise UserError(
+      f"--method={flags.method} follows no constraint; use --method=sample or "
+      "--method=greedy"
+    )
+  constraint = constraints.compile(spec, found.tokenizer)
+  return dataclasses.replace(method, constraint=constraint)
 
 
 def _sampler(flags: argparse.Namespace, usual: Any) -> Sampler:

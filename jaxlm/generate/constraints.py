@@ -10,8 +10,10 @@ schema, is followed by the library llguidance on the host.
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.errors import UserError
 from jaxlm.generate import dfa, regex, schema
 from jaxlm.generate.automaton import (
   Automaton,
@@ -87,6 +89,42 @@ def compile(
   except schema.Irregular as beyond:
     return _library(spec, words, ends, f"the JSON schema has {beyond}, which")
   return _automaton(tree, words, ends)
+
+
+def named(
+  regex: str | None, json_schema: str | None, grammar: str | None
+) -> Spec | None:
+  """The specification of a command line, if it has one.
+
+  Args:
+    regex: an expression.
+    json_schema: a schema as JSON, or the file that holds it.
+    grammar: the file that holds a grammar.
+
+  Raises:
+    UserError: if there are several, or a file cannot be read.
+  """
+  given = [x for x in (regex, json_schema, grammar) if x is not None]
+  if len(given) > 1:
+    raise UserError(
+      "a text follows one constraint; choose one of --regex, --json_schema and "
+      "--grammar"
+    )
+  if regex is not None:
+    return Regex(regex)
+  if grammar is not None:
+    return Grammar(_content(grammar))
+  if json_schema is None:
+    return None
+  is_text = json_schema.lstrip().startswith("{")
+  return JsonSchema(json_schema if is_text else _content(json_schema))
+
+
+def _content(path: str) -> str:
+  try:
+    return Path(path).read_text(encoding="utf-8")
+  except (OSError, ValueError) as error:
+    raise UserError(f"cannot read {path}: {error}") from error
 
 
 def text_of_tokens(tokenizer: Tokenizer) -> tuple[bytes, ...]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxlm.errors import UserError
 from jaxlm.generate import decode, search
+from jaxlm.generate.automaton import Constraint
 from jaxlm.generate.beam import Beam, beam_search
 from jaxlm.generate.contrastive import Contrastive, contrastive
 from jaxlm.generate.drafts import DraftModel, Lookup
@@ -79,6 +80,8 @@ class Draw:
 
   Attributes:
     sampler: `Greedy` or `Sample`, or any other.
+    constraint: what the new tokens have to spell, as `constraints.compile`
+      makes it.
     streams: whether tokens come one by one, so that a text can be shown while
       it grows, and outgrow the model's positions.
     counts: how many different texts of a prompt there can be; None: any.
@@ -86,6 +89,7 @@ class Draw:
   """
 
   sampler: Sampler
+  constraint: Constraint | None = field(default=None, compare=False, repr=False)
   streams: ClassVar[bool] = True
   counts: ClassVar[int | None] = None
   scores: ClassVar[bool] = True
@@ -97,6 +101,7 @@ class Draw:
   def __call__(self, asked: Asked) -> Iterator[New]:
     """New tokens `[rows, some]` again and again, until all rows have ended."""
     options = asked.how() | {"slide": True, "samples": asked.samples}
+    options["constraint"] = self.constraint
     given = (*asked.given(), self.sampler, asked.keys)
     if asked.top is not None:
       return iter([decode.scored(*given, top=asked.top, **options)])
