@@ -107,6 +107,48 @@ def test_greedy_text_is_the_plain_one(name: str):
   np.testing.assert_array_equal(stats.made, NEW)
 
 
+def by_whole_passes(model, params, draft_params, prompt: list[int]):
+  """Calls, accepted and rejected of a greedy row, told without any cache."""
+
+  @jax.jit
+  def choices(params, row):
+    return jnp.argmax(forward(model, params, row[None])[0], axis=-1)
+
+  def best(params, text):
+    row = jnp.zeros(LENGTH, jnp.int32).at[: len(text)].set(jnp.array(text))
+    return int(choices(params, row)[len(text) - 1])
+
+  text = [*prompt, best(params, prompt)]
+  stop, found = len(prompt) + NEW, np.zeros(3, int)
+  while len(text) < stop:
+    found[0] += 1
+    longer = text
+    for _ in range(GAMMA):
+      longer = [*longer, best(draft_params, longer)]
+    for token in longer[len(text) : stop]:
+      text = [*text, best(params, text)]
+      found[1 if text[-1] == token else 2] += 1
+      if text[-1] != token:
+        break
+    else:
+      if len(text) < stop:
+        text = [*text, best(params, text)]
+  return found.tolist()
+
+
+def test_figures_are_those_of_whole_passes():
+  """So a draft's cache, too, forgets what was rejected, windows included."""
+  model = TARGETS["windows"]
+  params = random_params(model)
+  _, stats = run(model, params, DraftModel(model), like(params))
+  found = np.stack([stats.calls, stats.accepted, stats.rejected], axis=1)
+  want = [
+    by_whole_passes(model, params, like(params), row[-n:].tolist())
+    for row, n in zip(PROMPTS, LENGTHS, strict=True)
+  ]
+  np.testing.assert_array_equal(found, want)
+
+
 def test_a_draft_that_is_the_target_is_always_right():
   """Four tokens a call: 1 + 5 x 4 for the 20 that are wanted."""
   model = GPT2
