@@ -13,6 +13,10 @@ import jaxlm
 from jaxlm.data.tokenizers import Bytes, Chars
 from jaxlm.errors import UserError
 from jaxlm.generate import __main__ as program
+from jaxlm.generate.beam import Beam, beam_search
+from jaxlm.generate.contrastive import Contrastive, contrastive
+from jaxlm.generate.samplers import make_sampler
+from jaxlm.generate.search import best_of
 from jaxlm.generate.text import sample_text
 from jaxlm.layers.param import init, shardings
 from jaxlm.models.families import modern
@@ -104,6 +108,11 @@ def test_errors_are_one_line(chars: Path, args: list[str], words: str):
     ("--dtype=int4", "unknown"),
     ("--temprature=1", "unrecognized arguments: --temprature=1"),
     ("--seed=x", "invalid int value"),
+    ("--method=beem", "did you mean beam"),
+    ("--sampler=top_q(1)", "did you mean top_p"),
+    ("--stop=", "a stop string is empty"),
+    ("--stats=none/x.json", "cannot write none/x.json"),
+    ("--draft=none", "--draft belongs to --method=speculative"),
   ],
 )
 def test_wrong_flags_are_explained(chars: Path, flag: str, words: str):
@@ -182,3 +191,104 @@ def test_each_line_typed_is_a_prompt(chars: Path, monkeypatch, capsys):
   assert "> fed" in shown.out
   assert "error: character 'x'" in shown.err
   assert "texts    2, 10 new tokens" in shown.err
+
+
+@pytest.mark.parametrize(
+  ("flags", "words"),
+  [
+    ("--greedy --sampler=top_k(1)", "--greedy and --sampler contradict"),
+    ("--greedy --temperature=1", "--greedy and --temperature contradict"),
+    ("--greedy --method=sample", "--greedy and --method contradict"),
+    ("--sampler=top_k(2) --top_k=2", "--sampler and --top_k contradict"),
+    ("--method=beam --top_p=0.5", "beam draws nothing"),
+    ("--method=contrastive --sampler=top_k(2)", "draws nothing"),
+    ("--truncate --slide", "--truncate and --slide contradict"),
+    ("--method=beam --slide", "nothing can --slide"),
+    ("--method=beam(2) --num_samples=3", "finds 2 texts"),
+    ("--method=contrastive --num_samples=2", "finds 1 texts"),
+    ("--method=sample --draft=none", "--draft belongs to --method=spec"),
+    ("--prompts=x.txt", "--prompt and --prompts contradict"),
+    ("--out=x", "--out belongs to --prompts"),
+    ("--resume", "--resume belongs to --out"),
+    ("--batch=2", "--batch belongs to --prompts"),
+    ("--logprobs=2", "--logprobs belongs to --prompts"),
+    ("--system=x", "--system belongs to --chat"),
+    ("--chat --num_samples=2", "--chat and --num_samples"),
+  ],
+)
+def test_contradictions_are_explained(chars: Path, flags: str, words: str):
+  """One error each, before anything is made."""
+  with pytest.raises(UserError) as error:
+    program.main([f"--workdir={chars}", "--prompt=a", *flags.split()])
+  assert words in str(error.value)
+
+
+def test_a_prompt_longer_than_the_context(chars: Path, capsys):
+  """It says by how much; two flags say what to do instead."""
+  args = [f"--workdir={chars}", "--prompt=" + "abcdef" * 5, "--greedy"]
+  args += ["--max_new_tokens=4"]
+  with pytest.raises(UserError, match="30 tokens, 6 more than the context of"):
+    program.main(args)
+  for flag in ("--truncate", "--slide"):
+    assert len(said(capsys, *args, flag)) == 30 + 4 + 1
+  with pytest.raises(UserError, match="30 tokens of prompt and 4 new ones are"):
+    program.main([*args[:2], args[3], "--method=beam"])
+  cut = said(capsys, *args[:2], args[3], "--method=beam", "--truncate")
+  assert len(cut) == 30 + 4 + 1
+
+
+def test_stop_strings(chars: Path, capsys):
+  """The text up to the first of them, which is not shown."""
+  args = [f"--workdir={chars}", "--prompt=ab", "--max_new_tokens=40"]
+  args += ["--temperature=1"]
+  whole = said(capsys, *args)[:-1]
+  new, at = whole[2:], 7
+  stop = new[at : at + 2]
+  cut = "ab" + new[: new.find(stop)] + "\n"
+  written = stop.replace("\n", "\\n")
+  assert said(capsys, *args, "--stop=never", f"--stop={written}") == cut
+  assert said(capsys, *args, f"--stop={written}", "--no-stream") == cut
+  assert program._unescaped(r"a\nb\tc\\n\d") == "a\nb\tc\\n\\d"
+
+
+@pytest.mark.slow
+def test_methods_are_those_of_python(chars: Path, capsys):
+  """The program shows what the functions return."""
+  model, params = jaxlm.load(chars)
+  tokenizer = jaxlm.load_tokenizer(chars)
+  ids = tokenizer.encode("abc")[None]
+  args = [f"--workdir={chars}", "--prompt=abc", "--max_new_tokens=8"]
+
+  def shown(method: str) -> str:
+    return said(capsys, *args, f"--method={method}")[3:-1]
+
+  found = beam_search(model, params, ids, 8, Beam(3, groups=3, diversity=0.2))
+  want = tokenizer.decode(found.tokens[0, 0])
+  assert shown("diverse_beam(3,diversity=0.2)") == want
+  two = said(capsys, *args, "--method=beam(3)", "--num_samples=2")
+  found = beam_search(model, params, ids, 8, Beam(3)).tokens[0, :2]
+  assert two == "".join(
+    f"{'---' if i else ''}{chr(10) * i}abc{tokenizer.decode(row)}\n"
+    for i, row in enumerate(found)
+  )
+  found = contrastive(model, params, ids, 8, Contrastive(3, 0.5))
+  assert shown("contrastive(3,alpha=0.5)") == tokenizer.decode(found[0])
+  key = jax.random.fold_in(jax.random.key(0), 0)
+  (best,) = best_of(
+    model, params, ids[0], 8, 4, sampler=make_sampler(0.8), key=key
+  )
+  assert shown("best_of(4)") == tokenizer.decode(best[1])
+
+
+def test_speculation_changes_nothing_but_the_cost(chars: Path, capsys):
+  """Greedy, with a lookup and with a draft: the plain greedy text."""
+  args = [f"--workdir={chars}", "--prompt=abc", "--max_new_tokens=12"]
+  greedy = said(capsys, *args, "--greedy")
+  fast = [*args, "--temperature=0", "--method=speculative(gamma=2)"]
+  assert said(capsys, *fast) == greedy
+  program.main([*fast, f"--draft={chars}"])
+  shown = capsys.readouterr()
+  assert shown.out == greedy
+  assert "accepted" in shown.err  # the draft is the model: all of them are
+  with pytest.raises(UserError, match="leave them out with --draft"):
+    program.main([*args, "--method=speculative(n=2)", f"--draft={chars}"])

@@ -130,7 +130,6 @@ _NEEDS = (
   ("batch", "prompts"),
   ("logprobs", "prompts"),
   ("system", "chat"),
-  ("draft", "method"),
 )
 
 
@@ -151,6 +150,8 @@ def check(flags: argparse.Namespace) -> None:
     value = getattr(flags, name)
     if value is not None and value < least:
       raise UserError(f"--{name}={value}: use {least} or more")
+  if flags.draft and not (flags.method or "").startswith("speculative"):
+    raise UserError("--draft belongs to --method=speculative; leave one out")
   if flags.chat and flags.num_samples > 1:
     raise UserError("--chat and --num_samples contradict each other")
 

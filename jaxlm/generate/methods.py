@@ -343,6 +343,4 @@ def parse_method(
       f"--method={text!r} names {len(found)} methods; name one, as in "
       "'beam(beams=4)'"
     )
-  if draft is not None and found[0].name != "speculative":
-    raise UserError("--draft belongs to --method=speculative; leave one out")
   return found[0](makers(filters, usual, draft))
