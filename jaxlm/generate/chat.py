@@ -93,8 +93,8 @@ class Chat:
     if not name.startswith("/"):
       return None
     if name not in COMMANDS:
-      near = keys.nearest(name, COMMANDS)
-      raise UserError(f"unknown command {name}{near}; /help shows all")
+      near = keys.nearest(name, COMMANDS) or "."
+      raise UserError(f"unknown command {name}{near} /help shows all")
     if rest and name in ("/help", "/reset", "/undo"):
       raise UserError(f"{name} stands alone; leave {rest!r} out")
     return getattr(self, f"_{name[1:]}")(rest.strip())

@@ -52,6 +52,7 @@ def sample_text(
       Draw(make_sampler(temperature, top_k, top_p)),
       tokens,
       jax.random.key(seed),
+      long="slide",
     )
     return "".join(writer.pieces(prompt))
 
