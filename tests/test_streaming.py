@@ -1,10 +1,12 @@
 """Generation with every kind of cache: endless, paged, on a mesh."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import MODELS, VOCAB, random_params
+from tiny_models import MODELS, VOCAB, block, random_params
 
 from jaxlm.errors import UserError
 from jaxlm.generate import loop
@@ -12,13 +14,16 @@ from jaxlm.generate.decode import generate, scored, stream
 from jaxlm.generate.filters import Repetition
 from jaxlm.generate.prompts import pad_left, pad_right
 from jaxlm.generate.samplers import Sample
+from jaxlm.generate.step import new_cache
 from jaxlm.layers import cache as kv
 from jaxlm.layers.attend import At
 from jaxlm.layers.cache import Quantised, Ring
 from jaxlm.layers.compute import Compute
+from jaxlm.layers.latent import LatentAttention
+from jaxlm.layers.norm import RMSNorm
 from jaxlm.layers.paged import Paged
 from jaxlm.layers.param import shardings
-from jaxlm.models.decoder import forward
+from jaxlm.models.decoder import Decoder, forward
 from jaxlm.models.families import llama, recurrent
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.parallel.rules import preset
@@ -163,7 +168,7 @@ def test_prompts_may_be_padded_on_the_right():
   want = generate(MODEL, params, left, 8, lengths=lengths)
   found = generate(MODEL, params, right, 8, lengths=lengths, side="right")
   np.testing.assert_array_equal(found, want)
-  with pytest.raises(UserError, match="'up'; .* left or right"):
+  with pytest.raises(UserError, match=r"'up'; .* left or right"):
     generate(MODEL, params, left, 8, side="up")
 
 
@@ -182,3 +187,69 @@ def test_options_that_make_no_sense():
     generate(MODEL, params, tokens, 3, prefill_chunk=0)
   with pytest.raises(UserError, match="paged cache cannot be copied"):
     generate(MODEL, params, tokens, 3, samples=2, cache=Paged(4))
+
+
+# --- On a mesh --------------------------------------------------------------
+
+ONE = replace(block(), mixer=LatentAttention(16, 2, 8, None, 6, 4, 6))
+LATENT = Decoder(VOCAB, 16, (((ONE,), 2),), RMSNorm(16), 32)
+MIXED = {
+  "llama": MODEL,
+  "local": MODELS["local"],
+  "hybrid": recurrent.decoder(
+    VOCAB, 16, 3, 2, window=4, mlp_dim=24, max_positions=32
+  ),
+  "latent": LATENT,
+}
+
+
+@pytest.mark.parametrize(
+  ("name", "kind", "rule", "samples"),
+  [
+    ("llama", RING, "fsdp_tp", 1),
+    ("llama", Paged(4), "tp", 1),
+    pytest.param(
+      *("latent", Quantised(inner=RING), "fsdp_tp", 2), marks=pytest.mark.slow
+    ),
+    pytest.param(*("hybrid", kv.FULL, "fsdp_tp", 2), marks=pytest.mark.slow),
+    pytest.param(*("local", Quantised(), "fsdp", 2), marks=pytest.mark.slow),
+    pytest.param(*("llama", Paged(4), "fsdp_tp", 1), marks=pytest.mark.slow),
+  ],
+)
+def test_eight_devices_say_what_one_says(name, kind, rule, samples):
+  """Parameters on a mesh, the cache cut by the same rules."""
+  model, tokens, rules = MIXED[name], prompts(8, 5), preset(rule)
+  params, mesh = random_params(model), make_mesh(rules)
+  options = {"cache": kind, "prefill_chunk": 4, "samples": samples}
+  want = generate(model, params, tokens, 10, Sample(), **options)
+  with jax.sharding.set_mesh(mesh):
+    params = jax.device_put(params, shardings(model.params(), mesh, rules))
+    compute = Compute(unroll=True, rules=rules)
+    found = generate(
+      model, params, tokens, 10, Sample(), compute=compute, **options
+    )
+  np.testing.assert_array_equal(found, want)
+
+
+@pytest.mark.parametrize(
+  ("rule", "kind", "share"),
+  [
+    ("tp", kv.FULL, 8),
+    ("fsdp_tp", RING, 8),
+    ("fsdp_tp", Quantised(), 8),
+    ("tp", Paged(4), 8),
+    ("fsdp_tp", Paged(4), 2),  # a pool belongs to all rows: cut by heads alone
+  ],
+)
+def test_each_device_holds_its_share_of_the_cache(rule, kind, share: int):
+  """Rows are cut along the data axes, heads along the tensor's."""
+  rules = preset(rule)
+  model = llama.decoder(
+    VOCAB, 16, 1, 8, kv_heads=8, head_dim=4, mlp_dim=8, max_positions=32
+  )
+  compute = Compute(unroll=True, rules=rules)
+  with jax.sharding.set_mesh(make_mesh(rules)):
+    cache = new_cache(model, 8, 32, compute, kind)
+  keys = cache["0"][0]["0"]["k"]
+  sizes = {s.data.nbytes for s in keys.addressable_shards}
+  assert sizes == {keys.nbytes // share}

@@ -27,6 +27,7 @@ from jaxlm.generate.samplers import Greedy, Sampler
 from jaxlm.generate.step import UNROLLED
 from jaxlm.layers.cache import FULL
 from jaxlm.layers.compute import Compute
+from jaxlm.layers.kernels.halves import pair
 from jaxlm.layers.param import map_params
 from jaxlm.models.decoder import Decoder, layers_apart
 
@@ -207,7 +208,10 @@ def ready(model: Decoder, params: Tree, compute: Compute = UNROLLED) -> Tree:
   """
   if isinstance(params["layers"]["0"], tuple):
     return params
-  return _ready(model, params, compute)
+  if not compute.unroll:
+    return _ready(model, params, compute)
+  table = ("embed", "tokens") if model.tied else ("head",)
+  return pair(_ready(model, params, compute), (("layers",), table))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
@@ -340,7 +344,7 @@ def _window(
     # Copies: the buffers themselves are given to the next call.
     filled = int(state.filled)
     new = state.new.between(done, filled)
-    _check_scores(state)
+    check_scores(state)
     course.read(new.tokens)
     took, done = time.perf_counter() - began, filled
     if pace is not None:
@@ -351,7 +355,7 @@ def _window(
       return
 
 
-def _check_scores(state: State) -> None:
+def check_scores(state: State) -> None:
   """Raises where the model gave no numbers to choose by."""
   broken = np.flatnonzero(np.array(state.broken))
   if len(broken):

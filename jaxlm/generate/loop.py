@@ -99,7 +99,7 @@ def begin(
   rows: Rows,
 ) -> State:
   """Reads prompts `[batch, seq]` into a cache of `length`; one new token."""
-  batch, seq = tokens.shape
+  batch = len(tokens)
   x, cache = prefill(
     method.model,
     given.params,
@@ -110,20 +110,41 @@ def begin(
     method.kind,
     method.chunk,
   )
-  who = jnp.repeat(jnp.arange(batch, dtype=jnp.int32), samples)
+  if samples > 1:
+    who = jnp.repeat(jnp.arange(batch, dtype=jnp.int32), samples)
+    cache = take(cache, who, method.compute)
+    x, tokens, lengths = x[who], tokens[who], lengths[who]
+  return first(method, length, given, (x, cache), tokens, lengths, rows)
+
+
+def first(
+  method: Method,
+  room: int,
+  given: Given,
+  read: tuple[Array, Tree],
+  tokens: Array,
+  lengths: Array,
+  rows: Rows,
+) -> State:
+  """One new token, of prompts that have been read, and places for `room`.
+
+  `read` is what `prefill` returns, the prompts are `[rows, seq]`.
+  """
+  x, cache = read
+  n, seq = tokens.shape
   here = jnp.arange(seq, dtype=jnp.int32)[None] >= seq - lengths[:, None]
-  room = jnp.full((batch, length), -1, jnp.int32)
-  text = jnp.concatenate([jnp.where(here, tokens, -1), room], axis=1)
+  empty = jnp.full((n, room), -1, jnp.int32)
+  text = jnp.concatenate([jnp.where(here, tokens, -1), empty], axis=1)
   state = State(
     rows=rows,
-    cache=cache if samples == 1 else take(cache, who, method.compute),
-    position=lengths[who] - 1,
-    seen=Seen(text[who], jnp.maximum(seq - rows.made, 0), jnp.int32(seq)),
-    new=no_tokens(batch * samples, length, rows.eot[0], method.top),
+    cache=cache,
+    position=lengths - 1,
+    seen=Seen(text, jnp.maximum(seq - rows.made, 0), jnp.int32(seq)),
+    new=no_tokens(n, room, rows.eot[0], method.top),
     filled=jnp.int32(0),
-    broken=jnp.zeros(batch * samples, bool),
+    broken=jnp.zeros(n, bool),
   )
-  return _choose(method, given, state, x[who])
+  return _choose(method, given, state, x)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)

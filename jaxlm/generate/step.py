@@ -10,12 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from jaxlm.errors import UserError
 from jaxlm.layers.attend import At
 from jaxlm.layers.cache import FULL, empty
-from jaxlm.layers.compute import Compute
+from jaxlm.layers.compute import Compute, active_mesh
 from jaxlm.layers.param import path_name, paths
+from jaxlm.layers.recurrent import place
 from jaxlm.models.decoder import Decoder, hidden, layers_apart
 
 Array = jax.Array
@@ -52,7 +54,7 @@ def prefill(
   """
   if chunk is None or chunk >= tokens.shape[1]:
     x, cache = read(model, params, tokens, lengths, length, compute, kind)
-    return x[:, -1:], cache
+    return whole(x[:, -1:], compute), cache
   tokens = jnp.pad(tokens, ((0, 0), (-tokens.shape[1] % chunk, 0)))
   cache = new_cache(model, len(tokens), length, compute, kind)
 
@@ -68,7 +70,7 @@ def prefill(
     for x in (tokens, places(tokens, lengths))
   )
   cache, x = jax.lax.scan(part, cache, tuple(parts))
-  return x[-1], cache
+  return whole(x[-1], compute), cache
 
 
 def read(
@@ -118,7 +120,13 @@ def step(
   """
   places = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
   at = At(positions=position[:, None] + places)
-  return hidden(model, params, tokens, at, cache, compute)
+  x, cache = hidden(model, params, tokens, at, cache, compute)
+  return whole(x, compute), cache
+
+
+def whole(x: Array, compute: Compute) -> Array:
+  """The same on every device of a mesh: each chooses tokens for all rows."""
+  return place(x, (None,) * x.ndim, compute)
 
 
 def take(cache: Tree, rows: Array, compute: Compute = UNROLLED) -> Tree:
@@ -134,7 +142,15 @@ def take(cache: Tree, rows: Array, compute: Compute = UNROLLED) -> Tree:
       "several times to jaxlm.generate.pages.generate_paged"
     )
   axis = 0 if compute.unroll else 1  # that of the rows, behind the layers
-  return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis), cache)
+
+  def one(leaf: Array) -> Array:
+    if active_mesh() is None:
+      return jnp.take(leaf, rows, axis)
+    spec = jax.typeof(leaf).sharding.spec
+    leaf = jax.sharding.reshard(leaf, PartitionSpec())
+    return jax.sharding.reshard(jnp.take(leaf, rows, axis), spec)
+
+  return jax.tree.map(one, cache)
 
 
 def forget(cache: Tree, position: Array, compute: Compute = UNROLLED) -> Tree:

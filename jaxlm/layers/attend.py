@@ -364,6 +364,7 @@ def _attend_sharded(form, q, k, v, mask, at, keys, extras, compute) -> Array:
     return heads[0] if x.shape[0] == q.shape[0] else None
 
   by_row = jax.tree.map(lambda x: PartitionSpec(rows(x), None), (at, keys))
+  at, keys = jax.tree.map(jax.sharding.reshard, (at, keys), by_row)
   each = PartitionSpec(heads[2])
   by_head = {"sinks": each, "slopes": each, "bias": None, "moved": None}
   if extras["bias"] is not None:
