@@ -40,6 +40,7 @@ import jax
 
 from jaxlm import arrays, files
 from jaxlm.errors import UserError
+from jaxlm.parallel import distributed
 
 PyTree = Any
 
@@ -246,9 +247,7 @@ class Checkpoints:
       self._join()
     finally:
       if together:  # the first process does the renaming
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices("checkpoint")
+        distributed.wait_for_all()
 
   def close(self) -> None:
     """Waits for the save under way and lets another run write here."""
@@ -283,6 +282,9 @@ class Checkpoints:
         saved; the message names the first leaf that does.
     """
     self.wait()
+    first, many = distributed.is_first(), jax.process_count() > 1
+    if step is None and many:  # one looks for all, so that all read the same
+      step = distributed.from_first(self._newest_good() if first else None)
     steps = self.steps()[::-1]
     if step is not None and step not in steps:
       raise UserError(
@@ -294,7 +296,7 @@ class Checkpoints:
         f"no checkpoint in {self.directory}; train first, or check the path"
       )
     for s in steps if step is None else [step]:
-      problem = self._damage(s, thorough=not part)
+      problem = self._damage(s, thorough=not part and first)
       if problem is None:
         return self._read(s, like, part)
       self._damaged.add(s)
@@ -326,6 +328,12 @@ class Checkpoints:
       for name in ("data.json", "config.json")
     )
     return Restored(state, data, config, step)
+
+  def _newest_good(self) -> int | None:
+    """The newest step whose checkpoint is whole."""
+    steps = self.steps()[::-1]
+    problems = ((s, self._damage(s, thorough=True)) for s in steps)
+    return next((s for s, problem in problems if problem is None), None)
 
   def _damage(self, step: int, thorough: bool) -> str | None:
     return files.damage(self.directory / str(step), thorough)

@@ -39,6 +39,8 @@ from jaxlm.interrupt import Interrupt
 from jaxlm.layers import param
 from jaxlm.metrics import Log
 from jaxlm.objectives import next_token
+from jaxlm.parallel import distributed
+from jaxlm.parallel.mesh import process_rows
 from jaxlm.parallel.rules import Rules
 from jaxlm.state import TrainState, create, make_step
 
@@ -48,10 +50,13 @@ STARTED = time.perf_counter()
 
 def main(argv: Sequence[str]) -> None:
   """Trains, or with `--explain` only says what would be trained."""
-  run = program.load(argv, program.parser("Trains a language model."))
+  flags = program.parser("Trains a language model.")
+  distributed.add_flags(flags)
+  run = program.load(argv, flags)
   if run.explain:
     print(explain(run.config))
-  else:
+    return
+  with distributed.joined(run.flags):
     train(run.config, run.workdir)
 
 
@@ -83,13 +88,13 @@ def _train(
   enter(jax.set_mesh(mesh))
 
   # --- Data -------------------------------------------------------------------
-  origin = recipe.origin(config, workdir)
-  corpus = data.prepare(**recipe.data_arguments(config, origin))
+  origin = _origin(config, workdir)
+  with distributed.first_alone():
+    corpus = data.prepare(**recipe.data_arguments(config, origin))
+  distributed.same("the tokenizer", corpus.tokenizer.fingerprint())
+  distributed.same("the data", corpus.describe())
   packed = config.data.windows == "packed"
-  hosts = {
-    "process_index": jax.process_index(),
-    "process_count": jax.process_count(),
-  }
+  rules, rows = recipe.rules(config), recipe.eval_rows(config)
   batches = data.batches(
     corpus.train,
     config.seq_len,
@@ -97,17 +102,22 @@ def _train(
     config.seed,
     config.data.windows,
     corpus.weights,
-    **hosts,
+    rows=process_rows(mesh, rules, config.batch_size, config.accumulate),
   )
   held_out = corpus.val and data.windows(
-    corpus.val, config.seq_len, recipe.eval_rows(config), packed, **hosts
+    corpus.val,
+    config.seq_len,
+    rows,
+    packed,
+    rows=process_rows(mesh, rules, rows),
   )
-  corpus.tokenizer.save(workdir)
+  if distributed.is_first():
+    corpus.tokenizer.save(workdir)
   print(f"data     {corpus.describe()}")
 
   # --- Model and mesh ---------------------------------------------------------
   model = recipe.model(config, corpus.tokenizer.vocab_size, origin)
-  if origin is not None:  # from here on the run needs it no more
+  if origin is not None and distributed.is_first():  # the run keeps it
     replace(workdir / "model.json", values.to_json(model))
   compute = recipe.compute(config)
   device = mesh.devices.flat[0].device_kind
@@ -127,7 +137,7 @@ def _train(
       best="val_loss" if config.checkpoint.best else None,
     )
   )
-  begun = checkpoints.latest() is not None
+  begun = distributed.from_first(checkpoints.latest()) is not None
   start = _fresh_state if origin is None or begun else _loaded_state
   state = start(config, model, tx, mesh)
   if begun:
@@ -173,7 +183,7 @@ def _train(
       wandb=config.log.wandb is not None,
       config=config.to_dict(),
       step=step,
-      write=jax.process_index() == 0,
+      write=distributed.is_first(),
     )
   )
 
@@ -199,7 +209,7 @@ def _train(
   def look(step: int, state: TrainState) -> float:
     """Evaluates on the held-out text; the averaged weights, where kept."""
     params = state.params if state.ema is None else state.ema
-    put = functools.partial(_put, mesh, compute.rules, 1)
+    put = functools.partial(_put, mesh, compute.rules, (1, rows))
     found = evaluate(eval_fn, params, held_out, config.eval_batches, put)
     loss = found["loss"]
     width = corpus.counts["val_bytes"] / corpus.counts["val_tokens"]
@@ -208,12 +218,15 @@ def _train(
     print(f"step {step} | validation loss {loss:.4f}, {bits:.3f} bits per byte")
     if config.log.histograms:
       for name, array in param.paths(params).items():
-        log.histogram(step, name, array)
+        log.histogram(step, name, distributed.whole(array))
     return loss
 
   def sample(step: int, state: TrainState) -> None:
     """Writes what the model says now to samples.txt."""
     params = state.params if state.ema is None else state.ema
+    params = jax.tree.map(distributed.whole, params)
+    if not distributed.is_first():
+      return
     asked = {k: v for k, v in config.sample.items() if k != "every"}
     text = sample_text(model, params, corpus.tokenizer, **asked)
     log.text(step, "sample", text)
@@ -222,18 +235,21 @@ def _train(
     print(f"--- a sample at step {step}\n{text}\n---")
 
   owed = step and held_out and _due(step, config.eval_every, 0)
-  if owed and log.last("val_loss") != step:  # killed before it was evaluated
+  seen = distributed.from_first(log.last("val_loss"))
+  if owed and seen != step:  # killed before it was evaluated
     checkpoints.note(step, val_loss=look(step, state))
 
-  pending, interrupted = None, enter(Interrupt())
+  pending, interrupted = None, distributed.Together(enter(Interrupt()))
+  part = (config.accumulate, config.batch_size // config.accumulate)
   while step < config.steps and not interrupted:
     n = min(config.steps_per_call, _next_event(config, step) - step)
     parts = itertools.islice(feed, n)
-    batch = _put(mesh, compute.rules, config.accumulate, *parts)
+    batch = _put(mesh, compute.rules, part, *parts)
     state, result = step_fn(n)(state, batch)
     if pending:
       report(*pending)
     step, pending = step + n, (step + n, result)
+    interrupted.poll()
     saving = _due(step, config.checkpoint_every, config.steps)
     looking = held_out and _due(step, config.eval_every, config.steps)
     sampling = _due(step, config.sample.every, config.steps)
@@ -252,12 +268,13 @@ def _train(
           checkpoints.note(step, val_loss=loss)
       if sampling and config.sample.tokens:
         sample(step, state)
-      if looking and _stale(workdir) >= (config.early_stop or math.inf):
+      stale = looking and distributed.from_first(_stale(workdir))
+      if looking and stale >= (config.early_stop or math.inf):
         print(f"early stop: {config.early_stop} evaluations without gain")
         break
 
   # --- End --------------------------------------------------------------------
-  if step not in checkpoints:
+  if not distributed.from_first(step in checkpoints):
     checkpoints.save(step, state, {"step": step}, config.to_dict())
   checkpoints.close()
   log.close()
@@ -265,6 +282,8 @@ def _train(
     print(f"stopped at step {step}, saved; python -m jaxlm.train", end=" ")
     print(f"--workdir={workdir} continues")
     sys.exit(128 + interrupted.signal)
+  if not distributed.is_first():
+    return state
   plot = metrics.plot_loss(workdir)
   used = speed.memory()["host"]
   print(
@@ -280,6 +299,9 @@ def _train(
 
 def _claim(workdir: Path, config: FrozenConfigDict) -> None:
   """Makes the workdir this config's, or checks that it already is."""
+  if not distributed.is_first():
+    _check_shared(workdir, config)
+    return
   if (workdir / "config.json").exists():
     check_continues(read(workdir), config, workdir)
   try:
@@ -289,6 +311,27 @@ def _claim(workdir: Path, config: FrozenConfigDict) -> None:
     raise UserError(
       f"cannot write to {workdir} ({error.strerror}); choose another --workdir"
     ) from error
+  distributed.from_first(to_json(config))
+
+
+def _check_shared(workdir: Path, config: FrozenConfigDict) -> None:
+  """Checks that process 0 runs the same, and wrote where we can read."""
+  if distributed.from_first(None) != to_json(config):
+    raise UserError(
+      "this process and process 0 have different configs; start all alike"
+    )
+  if not (workdir / "config.json").exists():
+    raise UserError(
+      f"process 0 wrote to {workdir}, and here is nothing; give a --workdir "
+      "on a file system that all processes share"
+    )
+
+
+def _origin(config: FrozenConfigDict, workdir: Path) -> Path | None:
+  """Where the model that is trained on comes from; the same for all."""
+  origin = recipe.origin(config, workdir)
+  origin = distributed.from_first(None if origin is None else str(origin))
+  return None if origin is None else Path(origin)
 
 
 def _fresh_state(config: FrozenConfigDict, model, tx, mesh) -> TrainState:
@@ -328,19 +371,27 @@ def _places(state: TrainState) -> Tree:
 
 
 def _put(
-  mesh: jax.sharding.Mesh, rules: Rules, accumulate: int, *batches: Tree
+  mesh: jax.sharding.Mesh,
+  rules: Rules,
+  part: tuple[int, int],
+  *batches: Tree,
 ) -> Tree:
-  """Batches `[rows, ...]` on the devices as `[steps, accumulate, rows, ...]`.
+  """Batches on the devices, as `[steps, accumulate, rows, ...]`.
 
-  With several processes each gives its own rows of the global batch.
+  Args:
+    mesh: all devices.
+    rules: along which axes a batch lies.
+    part: accumulate, and the rows of each part in all processes together.
+    batches: for each step the rows that this process's devices hold.
   """
 
   def join(*parts: np.ndarray) -> jax.Array:
     x = np.stack(parts)
-    x = x.reshape(len(parts), accumulate, -1, *x.shape[2:])
-    spec = rules.activation_spec((None, None, "batch", None), x.shape, mesh)
+    x = x.reshape(len(parts), part[0], -1, *x.shape[2:])
+    shape = (len(parts), *part, *x.shape[3:])
+    spec = rules.activation_spec((None, None, "batch", None), shape, mesh)
     place = NamedSharding(mesh, spec)
-    return jax.make_array_from_process_local_data(place, x)
+    return jax.make_array_from_process_local_data(place, x, shape)
 
   return jax.tree.map(join, *batches)
 

@@ -18,7 +18,8 @@ PACKAGE = Path(__file__).parent.parent / "jaxlm"
 # the leaves up; a part that is not here has no place yet, and is a violation.
 _NAMES = "parallel.rules parallel.mesh"
 _LEAVES = (
-  "arrays checkpoint config data files interrupt keys metrics speed values"
+  "arrays checkpoint config data files interrupt keys metrics speed values "
+  "parallel.distributed"
 )
 _MODELS = f"{_NAMES} layers models"
 _MIDDLE = "losses objectives optim state generate interop quant workdir"
@@ -35,11 +36,12 @@ MAY: dict[str, str] = {
   "keys": "",
   "config": "keys",
   "arrays": "files",
-  "checkpoint": "arrays files",
+  "checkpoint": "arrays files parallel.distributed",
   "metrics": "files",
   "parallel": "",
   "parallel.rules": "",
   "parallel.mesh": "parallel.rules",
+  "parallel.distributed": "parallel interrupt",
   "layers": _NAMES,
   "models": _MODELS,
   "models.build": f"{_MODELS} config keys",  # from a config to a model

@@ -2,8 +2,8 @@
 
 Nothing about the data order is ever saved. To resume, ask for the next step;
 to resume on another number of hosts, ask with that number: row r of the
-global batch is the same row on 1 process or on 100, and process p of P takes
-rows p*B/P up to (p+1)*B/P.
+global batch is the same row on 1 process or on 100. Process p of P takes rows
+p*B/P up to (p+1)*B/P, or those it is told to take.
 """
 
 import dataclasses
@@ -42,6 +42,7 @@ def batches(
   weights: Sequence[float] | None = None,
   process_index: int = 0,
   process_count: int = 1,
+  rows: np.ndarray | None = None,
 ) -> "Batches":
   """Endless training batches; `batches(...)[step]` is a dict of [B, T] arrays.
 
@@ -57,12 +58,14 @@ def batches(
     weights: share of the rows from each source (of equal size by default).
     process_index: which host this is.
     process_count: how many there are.
+    rows: numbers of the rows to make, ascending; instead of the last two.
 
   Raises:
     UserError: if a stream is shorter than seq_len + 1, or sizes do not fit.
   """
   sources = [tokens] if isinstance(tokens, Tokens) else list(tokens)
-  rows = _share(batch_size, process_index, process_count)
+  if rows is None:
+    rows = _share(batch_size, process_index, process_count)
   makers = {"random": _RandomWindows, "packed": _PackedRows}
   if windows not in makers:
     raise UserError(f"windows is {windows!r}; it can be 'random' or 'packed'")
@@ -83,16 +86,13 @@ class Batches:
   sources: tuple
   mix: "_Mix"
   batch_size: int
-  rows: range
+  rows: np.ndarray
   seed: int
 
   def __getitem__(self, step: int) -> Batch:
     """This process's rows of the global batch number `step` (from 0)."""
-    bits = _bits(self.batch_size, self.seed, step)
-    bits = bits[self.rows.start : self.rows.stop]
-    numbers = step * self.batch_size + np.arange(
-      self.rows.start, self.rows.stop
-    )
+    bits = _bits(self.batch_size, self.seed, step)[self.rows]
+    numbers = step * self.batch_size + self.rows
     if len(self.sources) == 1:
       return self.sources[0].take(numbers, bits)
     source, rank = self.mix(numbers)
@@ -128,6 +128,7 @@ def windows(
   packed: bool = False,
   process_index: int = 0,
   process_count: int = 1,
+  rows: np.ndarray | None = None,
 ) -> "Windows":
   """The whole of a split once, for an exact loss: a sequence of batches.
 
@@ -143,12 +144,14 @@ def windows(
       otherwise rows are consecutive stretches of the stream.
     process_index: which host this is.
     process_count: how many there are.
+    rows: numbers of the rows to make, ascending; instead of the last two.
 
   Raises:
     UserError: if the split is empty or sizes do not fit.
   """
   sources = [tokens] if isinstance(tokens, Tokens) else list(tokens)
-  rows = _share(batch_size, process_index, process_count)
+  if rows is None:
+    rows = _share(batch_size, process_index, process_count)
   if sum(len(source.ids) - 1 for source in sources) <= 0:
     raise UserError(
       "the validation split is empty; raise data.val_fraction or give more text"
@@ -172,7 +175,7 @@ class Windows:
   layouts: tuple[Layout, ...]
   seq_len: int
   batch_size: int
-  rows: range
+  rows: np.ndarray
   packed: bool
 
   def __len__(self) -> int:
@@ -182,7 +185,7 @@ class Windows:
     """Batch number i: inputs, targets, mask (and segments, positions)."""
     if not 0 <= i < len(self):
       raise IndexError(f"window batch {i} of {len(self)}")
-    rows = i * self.batch_size + np.arange(self.rows.start, self.rows.stop)
+    rows = i * self.batch_size + self.rows
     out: Batch = {}
     for tokens, layout in zip(self.tokens, self.layouts, strict=True):
       mine = np.where(rows >= 0, rows, len(layout))
@@ -287,7 +290,9 @@ def _normalise(weights: Sequence[float] | None, count: int) -> np.ndarray:
   return given / given.sum()
 
 
-def _share(batch_size: int, process_index: int, process_count: int) -> range:
+def _share(
+  batch_size: int, process_index: int, process_count: int
+) -> np.ndarray:
   """The rows of the global batch that this process makes."""
   if batch_size < 1 or batch_size % process_count:
     raise UserError(
@@ -297,7 +302,7 @@ def _share(batch_size: int, process_index: int, process_count: int) -> range:
   if not 0 <= process_index < process_count:
     raise UserError(f"process {process_index} is not one of {process_count}")
   each = batch_size // process_count
-  return range(process_index * each, (process_index + 1) * each)
+  return np.arange(process_index * each, (process_index + 1) * each)
 
 
 def _check_length(tokens: Tokens, seq_len: int) -> None:

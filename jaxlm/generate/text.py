@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from jaxlm.data.tokenizer import TextStream, Tokenizer
 from jaxlm.errors import UserError
@@ -58,9 +57,7 @@ def sample_text(
 
 
 def _together(params: Tree, mesh: jax.sharding.Mesh) -> Tree:
-  """Parameters whole on the one device of `mesh`, wherever they lie."""
-  if jax.process_count() > 1:
-    params = multihost_utils.process_allgather(params, tiled=True)
+  """Parameters whole on the one device of `mesh`, wherever they lie here."""
   place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   return jax.device_put(params, place)
 

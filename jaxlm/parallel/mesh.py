@@ -3,7 +3,8 @@
 import math
 
 import jax
-from jax.sharding import AxisType, Mesh
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 from jaxlm.errors import UserError
 from jaxlm.parallel.rules import MESH_AXES, Rules
@@ -75,3 +76,39 @@ def make_mesh(
     axis_types=(AxisType.Explicit,) * len(MESH_AXES),
     devices=devices,
   )
+
+
+def process_rows(
+  mesh: Mesh,
+  rules: Rules,
+  rows: int,
+  accumulate: int = 1,
+  process: int | None = None,
+) -> np.ndarray:
+  """Which rows of a global batch the devices of a process hold, ascending.
+
+  What each process reads is decided here, by where the batch is to lie: all
+  rows where the mesh does not cut the batch (tensor parallelism over hosts),
+  and a share of every part where a batch is computed in parts.
+
+  Args:
+    mesh: all devices.
+    rules: says along which axes a batch is cut.
+    rows: in the global batch.
+    accumulate: parts it is computed in, one after the other.
+    process: whose devices; None means this process's.
+
+  Returns:
+    Numbers of rows, each 0 to `rows` - 1.
+  """
+  process = jax.process_index() if process is None else process
+  shape = (rows // accumulate,)
+  place = NamedSharding(mesh, rules.activation_spec(("batch",), shape, mesh))
+  held = {
+    i
+    for device, (part,) in place.devices_indices_map(shape).items()
+    if device.process_index == process
+    for i in range(*part.indices(shape[0]))
+  }
+  starts = np.arange(accumulate)[:, None] * shape[0]
+  return (starts + np.array(sorted(held), np.int64)).ravel()
