@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import re
+from pathlib import Path
 
 import hypothesis
 import jax
@@ -21,6 +22,8 @@ from tiny_models import (
   random_tokens,
 )
 
+from jaxlm import arrays, optim
+from jaxlm.data.corpus import documents
 from jaxlm.data.tokenizers import Bytes
 from jaxlm.errors import UserError
 from jaxlm.generate import constraints, speculative
@@ -42,10 +45,12 @@ from jaxlm.layers.latent import LatentAttention
 from jaxlm.layers.mask import Chunked, Sliding
 from jaxlm.layers.mlp import GLU, silu
 from jaxlm.layers.norm import RMSNorm
+from jaxlm.layers.param import init
 from jaxlm.models.decoder import Block, Decoder, forward
 from jaxlm.models.families import gpt2, llama, recurrent
 from jaxlm.models.medusa import Heads
-from jaxlm.objectives import tokens_ahead
+from jaxlm.objectives import next_token, tokens_ahead
+from jaxlm.state import create, make_step
 
 LATENT = LatentAttention(DIM, 3, rank=7, nope_dim=5, rope_dim=4, value_dim=6)
 
@@ -568,3 +573,62 @@ def test_nothing_to_do():
   plain = generate(model, params, PROMPTS, NEW, lengths=LENGTHS)
   np.testing.assert_array_equal(found, np.asarray(plain)[:, 7:8])
   assert stats.target_calls == 0
+
+
+# --- Training, and the page -------------------------------------------------
+
+
+@pytest.mark.slow
+def test_training_raises_the_acceptance_of_heads():
+  """On the documentation that Python carries, letter by letter.
+
+  Untrained heads repeat the trunk's guess of the next token, which is seldom
+  the one after it.
+  """
+  letters = "".join(documents()[:40]).encode("ascii", "ignore")
+  ids = np.frombuffer(letters, np.uint8).astype(np.int32)
+  model = llama.decoder(128, 48, 2, 2, 2, mlp_dim=96, max_positions=128)
+  heads, rng = Heads.on(model, 3), np.random.default_rng(0)
+
+  def trained(objective, params, tree, frozen=()):
+    how = optim.Optimizer(freeze_table=frozen)
+    tx = optim.make(tree, 5e-3, how)
+    state, step = create(params, tx), make_step(objective, tx)
+    for _ in range(150):
+      where = rng.integers(0, len(ids) - 65, 16)[:, None] + np.arange(65)
+      rows = ids[where][None, None]
+      batch = {"inputs": rows[..., :-1], "targets": rows[..., 1:]}
+      state, _ = step(state, batch)
+    return state.params
+
+  tree = model.params()
+  params = init(tree, jax.random.key(0))
+  params = trained(functools.partial(next_token, model), params, tree)
+  fresh = heads.start(model, params)
+  both = trained(
+    functools.partial(tokens_ahead, model, heads),
+    jax.tree.map(jnp.copy, {"trunk": params, "heads": fresh}),
+    {"trunk": tree, "heads": heads.params()},
+    (("trunk/.*", True), (".*", False)),
+  )
+  same = jax.tree.map(lambda a, b: (a == b).all(), both["trunk"], params)
+  assert all(jax.tree.leaves(same))
+  prompts = ids[np.arange(8)[:, None] * 500 + np.arange(24)]
+  before, after = (
+    speculate(model, params, prompts, 60, Medusa(heads), p, Sample(), gamma=3)
+    for p in (fresh, both["heads"])
+  )
+  assert after[1].acceptance > 1.3 * before[1].acceptance
+  assert after[1].tokens_per_call > before[1].tokens_per_call + 0.1
+
+
+def test_examples_of_the_page(tmp_path):
+  """Each block of docs/speculative.md runs; heads come back from a folder."""
+  page = Path(__file__).parents[1] / "docs" / "speculative.md"
+  names: dict = {}
+  for code in re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.S):
+    exec(compile(code, str(page), "exec"), names)
+  assert names["tokens"].shape == (1, 45)
+  arrays.start_write(tmp_path / "heads", names["trained"])()
+  again = arrays.read(tmp_path / "heads", names["trained"])
+  assert (again["block"] == names["trained"]["block"]).all()
