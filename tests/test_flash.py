@@ -13,7 +13,7 @@ from jaxlm.layers.attend import At, attend_reference
 from jaxlm.layers.kernels.flash import Tiles, flash_attention
 from jaxlm.layers.mask import Causal, Chunked, Full, PrefixLM, Sliding
 
-SMALL = Tiles(columns=32, keys=16, lanes=8)
+SMALL = Tiles(rows=32, keys=16, lanes=8)
 MASKS = (Causal(), Full(), Sliding(5), Sliding(4, 2), Chunked(8), PrefixLM())
 
 

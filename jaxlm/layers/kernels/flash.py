@@ -5,9 +5,9 @@ that never leave the chip (arXiv:2205.14135, arXiv:2307.08691). One pair of
 kernels reads the mask's value, whatever it is; `visits` reads from the same
 value which pairs of blocks there are to compute. docs/kernels.md explains.
 
-The heads of a group (GQA) and the queries of a block stand side by side, one
-column each, so that a block of keys is read once for all heads that share it,
-and a single query of many heads still fills a matrix.
+The heads of a group (GQA) and the queries of a block stand one above the
+other, a row each, so that a block of keys is read once for all heads that
+share it, and a single query of many heads still fills a matrix.
 """
 
 import functools
@@ -41,18 +41,18 @@ class Tiles:
   """How large the blocks are.
 
   Attributes:
-    columns: the most columns (queries times heads of a group) of a block.
+    rows: the most rows (queries times heads of a group) of a block.
     keys: the most keys of a block.
     lanes: what both are rounded up to; a TPU's registers have 128.
   """
 
-  columns: int = 1024
+  rows: int = 512
   keys: int = 512
   lanes: int = 128
 
   def queries(self, t: int, group: int) -> int:
     """Queries of a block: a power of two."""
-    most = max(1, self.columns // group)
+    most = max(1, self.rows // group)
     return min(1 << (most.bit_length() - 1), 1 << (t - 1).bit_length())
 
   def up(self, n: int) -> int:
@@ -108,7 +108,7 @@ def flash_attention(
   setting = Setting(
     mask=mask,
     queries=queries,
-    columns=tiles.up(queries * (n // groups)),
+    rows=tiles.up(queries * (n // groups)),
     keys=min(tiles.keys, tiles.up(s)),
     length=s,
     scale=scale,
@@ -209,8 +209,8 @@ def _padded(x: Array, block: int, axis: int, fill: int = 0) -> Array:
   return jnp.pad(x, widths, constant_values=fill) if more else x
 
 
-def _columns(setting: Setting, x: Array, groups: int) -> Array:
-  """[batch, seq, heads, dim] as [batch, groups, dim, P].
+def _rows(setting: Setting, x: Array, groups: int) -> Array:
+  """[batch, seq, heads, dim] as [batch, groups, P, dim].
 
   P goes over blocks, heads of the group and queries of the block, and what
   rounds a block up.
@@ -218,45 +218,43 @@ def _columns(setting: Setting, x: Array, groups: int) -> Array:
   b, _, n, h = x.shape
   x = _padded(x, setting.queries, 1)
   x = x.reshape(b, -1, setting.queries, groups, n // groups, h)
-  x = jnp.transpose(x, (0, 3, 5, 1, 4, 2))
-  x = _padded(x.reshape(*x.shape[:4], -1), setting.columns, 4)
-  return x.reshape(b, groups, h, -1)
+  x = jnp.transpose(x, (0, 3, 1, 4, 2, 5))
+  x = _padded(x.reshape(*x.shape[:3], -1, h), setting.rows, 3)
+  return x.reshape(b, groups, -1, h)
 
 
-def _from_columns(setting: Setting, x: Array, t: int, group: int) -> Array:
-  """The inverse of `_columns`."""
-  b, groups, h, _ = x.shape
-  x = x.reshape(b, groups, h, -1, setting.columns)
-  x = x[..., : group * setting.queries]
-  x = x.reshape(b, groups, h, -1, group, setting.queries)
-  x = jnp.transpose(x, (0, 3, 5, 1, 4, 2))
+def _from_rows(setting: Setting, x: Array, t: int, group: int) -> Array:
+  """The inverse of `_rows`."""
+  b, groups, _, h = x.shape
+  x = x.reshape(b, groups, -1, setting.rows, h)
+  x = x[:, :, :, : group * setting.queries]
+  x = x.reshape(b, groups, -1, group, setting.queries, h)
+  x = jnp.transpose(x, (0, 2, 4, 1, 3, 5))
   return x.reshape(b, -1, groups * group, h)[:, :t]
 
 
 def _per_head(setting: Setting, x: Array, groups: int) -> Array:
-  """[heads] as float32 [groups, 1, columns]."""
+  """[heads] as float32 [groups, 1, rows]."""
   x = x.astype(jnp.float32).reshape(groups, 1, -1)
-  return _padded(jnp.repeat(x, setting.queries, 2), setting.columns, 2)
+  return _padded(jnp.repeat(x, setting.queries, 2), setting.rows, 2)
 
 
 def _operands(setting: Setting, data, q, k, v, sinks, slopes) -> Operands:
   groups = k.shape[2]
   at = keys = None
-  if data:
-    # Queries in columns: the fields take the place of features, and one
-    # "head" per head of the group says the same.
-    group = q.shape[2] // groups
-    at = jnp.stack([x for x, _ in data.values()], axis=-1)[:, :, None]
-    at = jnp.broadcast_to(at, (*at.shape[:2], group, at.shape[3]))
-    at = _columns(setting, at, 1)[:, 0]
+  if data:  # every head of a group says the same
+    at = jnp.stack([x for x, _ in data.values()], axis=2)[:, :, None]
+    heads = (*at.shape[:2], q.shape[2] // groups, at.shape[3])
+    at = _rows(setting, jnp.broadcast_to(at, heads), 1)[:, 0]
     keys = jnp.stack([x for _, x in data.values()], axis=1)
     keys = _padded(_padded(keys, setting.keys, 2, -1), 8, 1)
+    at = _padded(jnp.swapaxes(at, 1, 2), 8, 1)
 
   def by_head(x: Array) -> Array:
     return _padded(jnp.swapaxes(x, 1, 2), setting.keys, 2)
 
   return Operands(
-    _columns(setting, q, groups),
+    _rows(setting, q, groups),
     by_head(k),
     by_head(v),
     at,
@@ -277,7 +275,7 @@ def _attention(setting: Setting, plan, data, q, k, v, sinks, slopes) -> Array:
 def _forward(setting: Setting, plan, data, q, k, v, sinks, slopes):
   x = _operands(setting, data, q, k, v, sinks, slopes)
   out, lse = _on_device(functools.partial(forward, setting), x, plan[0])
-  out = _from_columns(setting, out, q.shape[1], q.shape[2] // k.shape[2])
+  out = _from_rows(setting, out, q.shape[1], q.shape[2] // k.shape[2])
   return out, (plan, data, q, k, v, sinks, slopes, out, lse)
 
 
@@ -292,15 +290,15 @@ def _backward(setting: Setting, saved, do: Array):
     functools.partial(backward, setting),
     x,
     lse,
-    _columns(setting, delta, groups),
-    _columns(setting, do, groups),
+    jnp.swapaxes(_rows(setting, delta, groups), 2, 3),
+    _rows(setting, do, groups),
     plan,
   )
-  dq = _from_columns(setting, dq, t, group)
+  dq = _from_rows(setting, dq, t, group)
   dk, dv = (jnp.swapaxes(y, 1, 2)[:, : k.shape[1]] for y in (dk, dv))
   dsinks = None
   if sinks is not None:  # a key without a value: dP = 0, so dS = -P delta
-    sums = _from_columns(setting, lse, t, group)
+    sums = _from_rows(setting, jnp.swapaxes(lse, 2, 3), t, group)
     p = jnp.exp(sinks.astype(jnp.float32)[None, None, :, None] - sums)
     dsinks = -jnp.sum(p * delta, (0, 1, 3)).astype(sinks.dtype)
   none = None if slopes is None else jnp.zeros_like(slopes)

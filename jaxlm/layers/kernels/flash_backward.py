@@ -17,6 +17,7 @@ from jaxlm.layers.kernels.flash_forward import (
   Setting,
   Steps,
   call,
+  column,
   inputs,
   product,
   scores,
@@ -41,69 +42,69 @@ def backward(
     x: the operands of the forward pass.
     lse: log of the sums, float32 `[batch, kv_heads, 1, P]`.
     delta: sums of do x out over a value, float32, in the shape of `lse`.
-    do: gradient of the output, `[batch, kv_heads, value_dim, P]`.
+    do: gradient of the output, `[batch, kv_heads, P, value_dim]`.
     steps: by block of queries, and by block of keys.
     interpret: True runs it without a TPU, slowly.
   """
-  h, d, c, keys = x.q.shape[2], x.v.shape[3], setting.columns, setting.keys
+  h, d, rows, keys = x.q.shape[3], x.v.shape[3], setting.rows, setting.keys
   more = {
-    "v": (x.v, (1, 1, keys, d), "rows"),
-    "do": (do, (1, 1, d, c), "columns"),
-    "lse": (lse, (1, 1, 1, c), "columns"),
-    "delta": (delta, (1, 1, 1, c), "columns"),
+    "do": (do, (1, 1, rows, d), "rows"),
+    "lse": (lse, (1, 1, 1, rows), "numbers"),
+    "delta": (delta, (1, 1, 1, rows), "numbers"),
   }
-  flat = {"kt": (jnp.swapaxes(x.k, 2, 3), (1, 1, h, keys), "keys")}
 
   def like(a: Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(a.shape, a.dtype)
 
   (dq,) = call(
+    "flash_backward_queries",
     functools.partial(_query_kernel, setting),
     steps[0],
     "query",
-    inputs(setting, x, "query") | more | flat,
-    {"dq": (like(x.q), (1, 1, h, c))},
-    {"sum": (h, c)},
+    inputs(setting, x, "query") | more,
+    {"dq": (like(x.q), (1, 1, rows, h), "rows")},
+    {"sum": (rows, h), "lse_down": (rows, 1), "delta_down": (rows, 1)},
     interpret,
   )
   dk, dv = call(
+    "flash_backward_keys",
     functools.partial(_key_kernel, setting),
     steps[1],
     "key",
     inputs(setting, x, "key") | more,
-    {"dk": (like(x.k), (1, 1, keys, h)), "dv": (like(x.v), (1, 1, keys, d))},
+    {
+      "dk": (like(x.k), (1, 1, keys, h), "keys"),
+      "dv": (like(x.v), (1, 1, keys, d), "keys"),
+    },
     {"dk_sum": (keys, h), "dv_sum": (keys, d)},
     interpret,
   )
   return dq, dk, dv
 
 
-def _probabilities(setting: Setting, refs: dict, i, j):
-  """P and dS of a pair of blocks, float32 [keys, columns].
+def _query_kernel(setting: Setting, word, refs: dict) -> None:
+  """One pair of blocks, [rows, keys]: dQ += dS K.
 
-  P = exp(S - lse), dP = V dO, dS = P (dP - delta), times the soft cap's slope.
+  P = exp(S - lse), dP = dO V', dS = P (dP - delta), times the soft cap's slope.
   The scale is left to the end.
   """
-  s, slope = scores(setting, refs, i, j)
-  p = jnp.exp(s - refs["lse"][0, 0])
-  dp = product(refs["v"][0, 0], refs["do"][0, 0], (1, 0))
-  ds = p * (dp - refs["delta"][0, 0])
-  return p, ds if slope is None else ds * slope
-
-
-def _query_kernel(setting: Setting, word, refs: dict) -> None:
-  total = refs["sum"]
+  total, lse, delta = refs["sum"], refs["lse_down"], refs["delta_down"]
 
   @pl.when(word & visits.FIRST != 0)
   def _():
     total[...] = jnp.zeros_like(total)
+    lse[...] = column(refs["lse"][0, 0])
+    delta[...] = column(refs["delta"][0, 0])
 
   @pl.when(word & visits.LIVE != 0)
   def _():
     i, j = visits.outer(word), visits.inner(word)
-    kt = refs["kt"][0, 0]
-    _, ds = _probabilities(setting, refs, i, j)
-    total[...] += product(kt, ds.astype(kt.dtype), (1, 0))
+    k, v, do = refs["k"][0, 0], refs["v"][0, 0], refs["do"][0, 0]
+    s, slope = scores(setting, refs, i, j)
+    p = jnp.exp(s - lse[...])
+    ds = p * (product(do, v, (1, 1)) - delta[...])
+    ds = ds if slope is None else ds * slope
+    total[...] += product(ds.astype(k.dtype), k, (1, 0))
 
   @pl.when(word & visits.LAST != 0)
   def _():
@@ -111,6 +112,7 @@ def _query_kernel(setting: Setting, word, refs: dict) -> None:
 
 
 def _key_kernel(setting: Setting, word, refs: dict) -> None:
+  """One pair of blocks, [keys, rows]: dV += P dO, dK += dS Q."""
   dk, dv = refs["dk_sum"], refs["dv_sum"]
 
   @pl.when(word & visits.FIRST != 0)
@@ -121,10 +123,13 @@ def _key_kernel(setting: Setting, word, refs: dict) -> None:
   @pl.when(word & visits.LIVE != 0)
   def _():
     i, j = visits.inner(word), visits.outer(word)
-    q, do = refs["q"][0, 0], refs["do"][0, 0]
-    p, ds = _probabilities(setting, refs, i, j)
-    dv[...] += product(p.astype(do.dtype), do, (1, 1))
-    dk[...] += product(ds.astype(q.dtype), q, (1, 1))
+    q, v, do = refs["q"][0, 0], refs["v"][0, 0], refs["do"][0, 0]
+    s, slope = scores(setting, refs, i, j, turned=True)
+    p = jnp.exp(s - refs["lse"][0, 0])
+    dv[...] += product(p.astype(do.dtype), do, (1, 0))
+    ds = p * (product(v, do, (1, 1)) - refs["delta"][0, 0])
+    ds = ds if slope is None else ds * slope
+    dk[...] += product(ds.astype(q.dtype), q, (1, 0))
 
   @pl.when(word & visits.LAST != 0)
   def _():

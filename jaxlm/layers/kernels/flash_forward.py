@@ -10,13 +10,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxlm.layers.kernels import visits
-from jaxlm.layers.mask import Mask, PrefixLM
+from jaxlm.layers.mask import Mask
 
 Array = jax.Array
 
 # Scores of unseen keys, and the least maximum: exp(LOW - LEAST) is exactly 0,
 # so a row that sees nothing sums to 0 and not to NaN.
 LOW, LEAST = -1e30, -5e29
+LANES = 128  # a number per row is kept once per lane of a register
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Setting:
   Attributes:
     mask: who sees whom.
     queries: of a block, a power of two.
-    columns: of a block: queries times heads of a group, rounded up.
+    rows: of a block: queries times heads of a group, rounded up.
     keys: of a block.
     length: how many keys there are, the rest being padding.
     scale: of the products.
@@ -37,7 +38,7 @@ class Setting:
 
   mask: Mask
   queries: int
-  columns: int
+  rows: int
   keys: int
   length: int
   scale: float
@@ -48,17 +49,16 @@ class Setting:
 
 
 class Operands(NamedTuple):
-  """What the kernels read; P is queries in blocks of columns, S keys.
+  """What the kernels read; P is queries in blocks of rows, S is keys.
 
   Attributes:
-    q: `[batch, kv_heads, head_dim, P]`, a column per head of a group and
-      query.
+    q: `[batch, kv_heads, P, head_dim]`, a row per head of a group and query.
     k: `[batch, kv_heads, S, head_dim]`.
     v: `[batch, kv_heads, S, value_dim]`.
     at: int32 `[batch, fields, P]`, or None.
     keys: int32 `[batch, fields, S]`, or None.
-    sinks: float32 `[kv_heads, 1, columns]`, or None.
-    slopes: float32 `[kv_heads, 1, columns]`, or None.
+    sinks: float32 `[kv_heads, 1, rows]`, or None.
+    slopes: float32 `[kv_heads, 1, rows]`, or None.
   """
 
   q: Array
@@ -88,41 +88,57 @@ def product(a: Array, b: Array, contract: tuple[int, int]) -> Array:
   return jax.lax.dot_general(a, b, axes, preferred_element_type=jnp.float32)
 
 
-def scores(setting: Setting, refs: dict, i, j) -> tuple[Array, Array | None]:
-  """Scores of query block `i` and key block `j`: float32 [keys, columns].
+def column(row: Array) -> Array:
+  """[1, n] as [n, 1]; eight rows are what a TPU can turn."""
+  return jnp.broadcast_to(row, (8, row.shape[1])).T[:, :1]
 
-  Keys lie along sublanes and queries along lanes, so that what belongs to a
-  query (maximum, sum, position) is a row, and sums over keys add registers.
+
+def scores(
+  setting: Setting, refs: dict, i, j, turned: bool = False
+) -> tuple[Array, Array | None]:
+  """Scores of query block `i` and key block `j`.
 
   Returns:
-    The scores, and the soft cap's slope 1 - tanh(.)^2 or None.
+    Float32 `[rows, keys]`, or `[keys, rows]` if turned, and the soft cap's
+    slope 1 - tanh(.)^2 in the same shape, or None.
   """
-  s, slope = product(refs["k"][0, 0], refs["q"][0, 0], (1, 0)), None
+  q, k, slope = refs["q"][0, 0], refs["k"][0, 0], None
+  s = product(k, q, (1, 1)) if turned else product(q, k, (1, 1))
   if setting.scale != 1.0:
     s = s * setting.scale
   if setting.softcap is not None:
     bent = jnp.tanh(s * (1.0 / setting.softcap))
     s, slope = bent * setting.softcap, 1.0 - bent * bent
-  where, stood, see = _sight(setting, refs, i, j)
+  where, stood, see = _sight(setting, refs, i, j, turned)
   if setting.slopes:
-    s = s + refs["slopes"][0] * (stood - where).astype(jnp.float32)
+    per_row = refs["slopes"][0]
+    per_row = per_row if turned else column(per_row)
+    s = s + per_row * (stood - where).astype(jnp.float32)
   return jnp.where(see, s, LOW), slope
 
 
-def _sight(setting: Setting, refs: dict, i, j):
-  """Positions of queries [1, columns] and keys [keys, 1]; who sees whom."""
-  columns = jax.lax.broadcasted_iota(jnp.int32, (1, setting.columns), 1)
-  where = i * setting.queries + (columns & (setting.queries - 1))
-  rows = jax.lax.broadcasted_iota(jnp.int32, (setting.keys, 1), 0)
-  stood = index = j * setting.keys + rows
+def _sight(setting: Setting, refs: dict, i, j, turned: bool):
+  """Positions of queries and keys, to be broadcast, and who sees whom."""
+
+  def count(n: int, axis: int) -> Array:
+    shape = (n, 1) if axis == 0 else (1, n)
+    return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+
+  rows = count(setting.rows, int(turned))
+  where = i * setting.queries + (rows & (setting.queries - 1))
+  stood = index = j * setting.keys + count(setting.keys, int(not turned))
   data = {}
   if setting.fields:
-    across, down = refs["at"][0], refs["keys"][0].T
+    at, keys = refs["at"][0], refs["keys"][0]
+    at, keys = (at, keys.T) if turned else (at.T, keys)
     for n, name in enumerate(setting.fields):
-      data[name] = across[n : n + 1], down[:, n : n + 1]
+      one = slice(n, n + 1)
+      data[name] = (
+        (at[one], keys[:, one]) if turned else (at[:, one], keys[one])
+      )
   where, stood = data.get("positions", (where, stood))
   see = setting.mask.allows(where, stood)
-  if "blocks" in data and isinstance(setting.mask, PrefixLM):
+  if "blocks" in data:
     a, b = data["blocks"]
     see = see | ((a == b) & (a >= 0))
   if "segments" in data:
@@ -138,24 +154,26 @@ def _sight(setting: Setting, refs: dict, i, j):
 def forward(
   setting: Setting, x: Operands, steps: Steps, interpret: bool
 ) -> tuple[Array, Array]:
-  """The output `[batch, kv_heads, value_dim, P]`, and the log of the sums.
+  """The output `[batch, kv_heads, P, value_dim]`, and the log of the sums.
 
   The latter is float32 `[batch, kv_heads, 1, P]`: what the backward pass needs
   to make any block of probabilities again.
   """
-  b, groups, _h, p = x.q.shape
-  d, c = x.v.shape[-1], setting.columns
-  named = inputs(setting, x, "query")
-  named["v"] = jnp.swapaxes(x.v, 2, 3), (1, 1, d, setting.keys), "keys"
-  out = jax.ShapeDtypeStruct((b, groups, d, p), x.v.dtype)
+  b, groups, p, _ = x.q.shape
+  d, rows = x.v.shape[-1], setting.rows
+  out = jax.ShapeDtypeStruct((b, groups, p, d), x.v.dtype)
   lse = jax.ShapeDtypeStruct((b, groups, 1, p), jnp.float32)
   return call(
+    "flash_forward",
     functools.partial(_forward_kernel, setting),
     steps,
     "query",
-    named,
-    {"out": (out, (1, 1, d, c)), "lse": (lse, (1, 1, 1, c))},
-    {"top": (1, c), "total": (1, c), "acc": (d, c)},
+    inputs(setting, x, "query"),
+    {
+      "out": (out, (1, 1, rows, d), "rows"),
+      "lse": (lse, (1, 1, 1, rows), "numbers"),
+    },
+    {"top": (rows, LANES), "total": (rows, LANES), "acc": (rows, d)},
     interpret,
   )
 
@@ -168,7 +186,7 @@ def _forward_kernel(setting: Setting, word, refs: dict) -> None:
   def _():
     acc[...] = jnp.zeros_like(acc)
     if setting.sinks:  # as if a key with this score and no value was seen
-      top[...] = refs["sinks"][0]
+      top[...] = jnp.broadcast_to(column(refs["sinks"][0]), top.shape)
       total[...] = jnp.ones_like(total)
     else:
       top[...] = jnp.full_like(top, LEAST)
@@ -177,19 +195,30 @@ def _forward_kernel(setting: Setting, word, refs: dict) -> None:
   @pl.when(word & visits.LIVE != 0)
   def _():
     s, _ = scores(setting, refs, i, j)
-    new = jnp.maximum(top[...], jnp.max(s, axis=0, keepdims=True))
-    weights, shrink = jnp.exp(s - new), jnp.exp(top[...] - new)
-    total[...] = total[...] * shrink + jnp.sum(weights, axis=0, keepdims=True)
     v = refs["v"][0, 0]
-    acc[...] = acc[...] * shrink + product(v, weights.astype(v.dtype), (1, 0))
+    new = jnp.maximum(top[...], jnp.max(s, axis=1, keepdims=True))
+    shrink = jnp.exp(top[...] - new)
+    weights = jnp.exp(s - _spread(new, s.shape[1]))
+    total[...] = total[...] * shrink + jnp.sum(weights, axis=1, keepdims=True)
+    acc[...] = acc[...] * _spread(shrink, v.shape[1]) + product(
+      weights.astype(v.dtype), v, (1, 0)
+    )
     top[...] = new
 
   @pl.when(word & visits.LAST != 0)
   def _():
     sums = total[...]
     sums = jnp.where(sums == 0.0, 1.0, sums)
-    refs["out"][0, 0] = (acc[...] / sums).astype(refs["out"].dtype)
-    refs["lse"][0, 0] = top[...] + jnp.log(sums)
+    out = acc[...] / _spread(sums, acc.shape[1])
+    refs["out"][0, 0] = out.astype(refs["out"].dtype)
+    refs["lse"][0, 0] = (top[...] + jnp.log(sums)).T[:1]
+
+
+def _spread(x: Array, n: int) -> Array:
+  """[rows, LANES], equal along lanes, as [rows, n]."""
+  if n % LANES == 0:
+    return jnp.tile(x, (1, n // LANES))
+  return x[:, :n] if n < LANES else jnp.broadcast_to(x[:, :1], (len(x), n))
 
 
 # --- The call that all kernels share ----------------------------------------
@@ -197,15 +226,15 @@ def _forward_kernel(setting: Setting, word, refs: dict) -> None:
 
 def inputs(setting: Setting, x: Operands, outer: str) -> dict[str, tuple]:
   """The operands every kernel reads: name -> (array, block, along what)."""
-  h, c = x.q.shape[2], setting.columns
-  at, keys = (0 if a is None else a.shape[1] for a in (x.at, x.keys))
+  h, d, rows = x.q.shape[3], x.v.shape[3], setting.rows
   named = {
-    "q": (x.q, (1, 1, h, c), "columns"),
-    "k": (x.k, (1, 1, setting.keys, h), "rows"),
-    "at": (x.at, (1, at, c), "at"),
-    "keys": (x.keys, (1, keys, setting.keys), "at keys"),
-    "sinks": (x.sinks if outer == "query" else None, (1, 1, c), "heads"),
-    "slopes": (x.slopes, (1, 1, c), "heads"),
+    "q": (x.q, (1, 1, rows, h), "rows"),
+    "k": (x.k, (1, 1, setting.keys, h), "keys"),
+    "v": (x.v, (1, 1, setting.keys, d), "keys"),
+    "at": (x.at, (1, 8, rows), "fields"),
+    "keys": (x.keys, (1, 8, setting.keys), "key fields"),
+    "sinks": (x.sinks if outer == "query" else None, (1, 1, rows), "heads"),
+    "slopes": (x.slopes, (1, 1, rows), "heads"),
   }
   return {name: entry for name, entry in named.items() if entry[0] is not None}
 
@@ -215,29 +244,30 @@ def _index(along: str, outer: str, batched: bool):
 
   def index(b, h, s, words):
     word = words[b if batched else 0, s]
-    a, z = visits.outer(word), visits.inner(word)
-    i, j = (a, z) if outer == "query" else (z, a)
+    i, j = visits.outer(word), visits.inner(word)
+    i, j = (i, j) if outer == "query" else (j, i)
     return {
-      "columns": (b, h, 0, i),
-      "rows": (b, h, j, 0),
-      "keys": (b, h, 0, j),
-      "at": (b, 0, i),
-      "at keys": (b, 0, j),
+      "rows": (b, h, i, 0),
+      "keys": (b, h, j, 0),
+      "numbers": (b, h, 0, i),
+      "fields": (b, 0, i),
+      "key fields": (b, 0, j),
       "heads": (h, 0, 0),
     }[along]
 
   return index
 
 
-def call(body, steps: Steps, outer: str, named, outs, scratch, interpret):
+def call(name, body, steps: Steps, outer: str, named, outs, scratch, interpret):
   """Runs `body(word, refs)` for every batch row, kv head and step.
 
   Args:
-    body: the kernel; `refs` are the references by name.
+    name: of the kernel, for profiles.
+    body: what it does; `refs` are the references by name.
     steps: which blocks meet.
     outer: 'query' or 'key': whose sums are kept.
     named: inputs, name -> (array, block shape, along what).
-    outs: outputs, name -> (shape and dtype, block shape).
+    outs: outputs, name -> (shape and dtype, block shape, along what).
     scratch: float32 sums, name -> shape.
     interpret: True runs it without a TPU, slowly.
 
@@ -246,7 +276,6 @@ def call(body, steps: Steps, outer: str, named, outs, scratch, interpret):
   """
   batched = steps.words.shape[0] > 1
   count = steps.words.shape[1] if steps.count is None else steps.count
-  along = "columns" if outer == "query" else "rows"
   names = [*named, *outs, *scratch]
 
   def kernel(words, *refs):
@@ -256,7 +285,7 @@ def call(body, steps: Steps, outer: str, named, outs, scratch, interpret):
   first = next(iter(named.values()))[0]
   return pl.pallas_call(
     kernel,
-    out_shape=[shape for shape, _ in outs.values()],
+    out_shape=[shape for shape, _, _ in outs.values()],
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
       grid=(first.shape[0], first.shape[1], count),
@@ -265,8 +294,8 @@ def call(body, steps: Steps, outer: str, named, outs, scratch, interpret):
         for _, block, where in named.values()
       ],
       out_specs=[
-        pl.BlockSpec(block, _index(along, outer, batched))
-        for _, block in outs.values()
+        pl.BlockSpec(block, _index(where, outer, batched))
+        for _, block, where in outs.values()
       ],
       scratch_shapes=[
         pltpu.VMEM(shape, jnp.float32) for shape in scratch.values()
@@ -276,4 +305,5 @@ def call(body, steps: Steps, outer: str, named, outs, scratch, interpret):
       dimension_semantics=("parallel", "parallel", "arbitrary")
     ),
     interpret=interpret,
+    name=name,
   )(steps.words, *(array for array, _, _ in named.values()))
