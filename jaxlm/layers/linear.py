@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 
 from jaxlm.layers.compute import active_mesh
 from jaxlm.layers.kernels.grouped import Grouped
+from jaxlm.layers.kernels.halves import Halves
 
 Array = jax.Array
 
@@ -31,7 +32,7 @@ def _parse(spec: str) -> int:
 
 def dot(
   x: Array,
-  w: Array | Grouped,
+  w: Array | Grouped | Halves,
   spec: str,
   out_sharding: PartitionSpec | None = None,
   dtype: Any = None,
@@ -47,7 +48,8 @@ def dot(
     x: activations `[lead..., in...]`.
     w: weight `[in..., out...]`, in any float dtype: a float32 master weight
       gets a float32 gradient, whatever the dtype of `x`. Or a weight for each
-      group of rows, where `x` is rows sorted by group (experts).
+      group of rows, where `x` is rows sorted by group (experts); or one that
+      a CPU reads as integers where `x` is a single row (`Halves`).
     spec: einsum notation, as in `'btd,dnh->btnh'`; it documents the shapes and
       is checked against the layout above.
     out_sharding: where the result lies; needed where a contracted axis is
@@ -73,8 +75,18 @@ def dot(
     return y.astype(dtype)
   lead, inner, outer = x.shape[:-n], w.shape[:n], w.shape[n:]
   k = math.prod(inner)
-  y = _matmul(x.reshape(math.prod(lead), k), w.reshape(k, math.prod(outer)))
+  y = _flat(x.reshape(math.prod(lead), k), w)
   return y.astype(dtype).reshape(*lead, *outer)
+
+
+def _flat(x: Array, w: Array | Halves) -> Array:
+  """`x` [rows, in] times `w` [in..., out...], float32 [rows, out]."""
+  if isinstance(w, Halves):
+    y = w.row(x) if len(x) == 1 else None
+    if y is not None:
+      return y
+    w = w.w
+  return _matmul(x, w.reshape(x.shape[1], -1))
 
 
 def _product(a: Array, b: Array, i: int, j: int) -> Array:
