@@ -110,7 +110,10 @@ def main() -> None:
     f"window {w}": Ring(w),
     f"window {w - 4} + 4 sinks": Ring(w - 4, 4),
     f"window {w - 4} + 4 sinks, not moved": Ring(w - 4, 4, move=False),
-    f"window {w - 4} + 4 sinks, int8": Quantised(inner=Ring(w - 4, 4)),
+    f"window {w - 4} + 4 sinks, int8": Quantised("int8", Ring(w - 4, 4)),
+    f"window {w - 4} + 4 sinks, float8_e4m3fn": Quantised(
+      "float8_e4m3fn", Ring(w - 4, 4)
+    ),
   }
   ways = {
     f"recomputation of {w}": lambda: recomputed(model, params, tokens, where, w)
