@@ -142,6 +142,7 @@ def test_prompts_may_be_read_in_chunks(name: str):
     np.testing.assert_array_equal(want, plain)
 
 
+@pytest.mark.slow
 def test_chunks_of_prompts_in_every_kind_of_layer():
   """States and windows as well; layers in a scan or written out."""
   models = [MODELS["local"], MODELS["alibi"]]
