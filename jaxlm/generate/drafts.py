@@ -6,11 +6,12 @@ heads on the target's own hidden state. Each says which tokens it proposes, and
 with which probabilities it has drawn them: the judge (`judge.verify`)
 needs to know no more, so the text is the target's whatever the draft is.
 
-To add one, write a value with the four methods of `Lookup`.
+To add one, write a value with the four methods of `Lookup`. `may_be_silent`
+says that at times it proposes nothing: then a step reads one token, no more.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +91,7 @@ class DraftModel:
   """A smaller language model over the same tokens, with a cache of its own."""
 
   model: Decoder
+  may_be_silent: ClassVar[bool] = False
 
   def check(self, target: Decoder, params: Tree, gamma: int, most: int) -> None:
     """Raises UserError unless it fits `target` and `most` positions."""
@@ -181,6 +183,7 @@ class Lookup:
 
   n: int = 3
   min_n: int = 1
+  may_be_silent: ClassVar[bool] = True
 
   def __post_init__(self):
     if not 1 <= self.min_n <= self.n:
@@ -250,6 +253,7 @@ class Medusa:
   """
 
   heads: Heads
+  may_be_silent: ClassVar[bool] = False
 
   def check(self, target: Decoder, params: Tree, gamma: int, most: int) -> None:
     """Raises UserError unless there are heads enough, made for `target`."""

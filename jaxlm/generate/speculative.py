@@ -341,18 +341,14 @@ def _round(how: Method, given: Given, state: State) -> State:
     how, given.draft_params, state.draft, text
   )
   state = state.replace(text=text.put(tokens), draft=draft)
-  read, positions = state.text.window(-1, how.gamma + 1)
-  x, cache = hidden(
-    how.model,
-    given.params,
-    read,
-    At(positions=positions),
-    forget(state.cache, text.position, how.compute),
-    how.compute,
-  )
-  state = state.replace(cache=cache)
   places = _places(given.constraint, state.place, tokens)
-  p, state = _judge(how, given, state, x, places, positions >= 0)
+  whole = functools.partial(_look, how, given, places, how.gamma)
+  if how.draft.may_be_silent:
+    alone = functools.partial(_look, how, given, places, 0)
+    heard = jnp.any((q > 0) & ~state.ended[:, None, None])
+    x, p, state = jax.lax.cond(heard, whole, alone, state)
+  else:
+    x, p, state = whole(state)
   accepted, left = verify(p, q, tokens, _uniform(how, text))
   token = draw(how.sampler, left, text.draws(accepted, CHOOSE))
   rows = jnp.arange(len(tokens), dtype=jnp.int32)
@@ -363,6 +359,30 @@ def _round(how: Method, given: Given, state: State) -> State:
     calls=state.calls + 1,
   )
   return _move(how, given, state, accepted, places[accepted, rows], token)
+
+
+def _look(
+  how: Method, given: Given, places: Array, n: int, state: State
+) -> tuple[Array, Array, State]:
+  """The target reads the last token of each row and `n` proposals behind it.
+
+  Returns:
+    Hidden states `[rows, gamma + 1, dim]` and probabilities `[rows, gamma + 1,
+    vocab]`, zero for what was not read; and the state.
+  """
+  read, positions = state.text.window(-1, n + 1)
+  x, cache = hidden(
+    how.model,
+    given.params,
+    read,
+    At(positions=positions),
+    forget(state.cache, state.text.position, how.compute),
+    how.compute,
+  )
+  state = state.replace(cache=cache)
+  p, state = _judge(how, given, state, x, places[: n + 1], positions >= 0)
+  rest = ((0, 0), (0, how.gamma - n), (0, 0))
+  return jnp.pad(x, rest), jnp.pad(p, rest), state
 
 
 def _places(constraint: Automaton | None, place: Array, tokens: Array) -> Array:
