@@ -113,7 +113,7 @@ def flash_attention(
     length=s,
     scale=scale,
     softcap=softcap,
-    fields=tuple(data),
+    fields=tuple(sorted(data)),
     sinks=sinks is not None,
     slopes=slopes is not None,
   )
@@ -243,10 +243,11 @@ def _operands(setting: Setting, data, q, k, v, sinks, slopes) -> Operands:
   groups = k.shape[2]
   at = keys = None
   if data:  # every head of a group says the same
-    at = jnp.stack([x for x, _ in data.values()], axis=2)[:, :, None]
+    fields = [data[name] for name in setting.fields]
+    at = jnp.stack([x for x, _ in fields], axis=2)[:, :, None]
     heads = (*at.shape[:2], q.shape[2] // groups, at.shape[3])
     at = _rows(setting, jnp.broadcast_to(at, heads), 1)[:, 0]
-    keys = jnp.stack([x for _, x in data.values()], axis=1)
+    keys = jnp.stack([x for _, x in fields], axis=1)
     keys = _padded(_padded(keys, setting.keys, 2, -1), 8, 1)
     at = _padded(jnp.swapaxes(at, 1, 2), 8, 1)
 
