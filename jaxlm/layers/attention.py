@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxlm.errors import UserError
 from jaxlm.layers import cache as kv
 from jaxlm.layers.attend import At, Moved, attend, largest_logits
 from jaxlm.layers.compute import DEFAULT, Compute
@@ -95,6 +96,11 @@ class Attention:
       object.__setattr__(self, "kv_heads", self.heads)
     if self.head_dim is None and self.dim % self.heads == 0:
       object.__setattr__(self, "head_dim", self.dim // self.heads)
+    if self.head_dim is not None and self.heads % self.kv_heads:
+      raise UserError(
+        f"heads={self.heads} does not divide into kv_heads={self.kv_heads} "
+        "groups; change one of them"
+      )
 
   @property
   def width(self) -> int:

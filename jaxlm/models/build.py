@@ -100,16 +100,10 @@ def check(model: Decoder, vocab: int, seq_len: int) -> None:
       )
   mixers = {block.mixer for block in model.blocks}
   for mixer in (m for m in mixers if isinstance(m, Attention)):
-    heads, groups = mixer.heads, mixer.groups
-    if mixer.head_dim is None and mixer.dim % heads:
+    if mixer.head_dim is None and mixer.dim % mixer.heads:
       raise UserError(
         f"config.model.dim={mixer.dim} does not divide into "
-        f"config.model.heads={heads} heads; change one of them"
-      )
-    if heads % groups:
-      raise UserError(
-        f"config.model.heads={heads} does not divide into "
-        f"config.model.kv_heads={groups} groups; change one of them"
+        f"config.model.heads={mixer.heads} heads; change one of them"
       )
     if isinstance(mixer.position, Rope) and mixer.width % 2:
       raise UserError(
