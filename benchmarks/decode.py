@@ -7,10 +7,11 @@ are missing are left out. The model is read once and written for each of them
 in the precision that is compared, so all have the same numbers. All are
 greedy, and tell how many of their tokens are those of jaxlm.
 
-The programs take turns: round after round, each makes one token (prefill) and
-then all of them. What decoding costs is the difference, so reading the prompt
-is not part of it. The memory's bandwidth is measured in the same rounds. A
-figure is the median of the rounds; the last column has the fastest one.
+Prompts are pieces of the README. The programs take turns: round after round,
+each makes one token (prefill) and then all of them. What decoding costs is the
+difference, so reading the prompt is not part of it. The memory's bandwidth is
+measured in the same rounds. A figure is the median of the rounds; the last
+column is decoding in the fastest one.
 """
 
 import argparse
@@ -289,13 +290,13 @@ def main() -> None:
   work.mkdir(parents=True, exist_ok=True)
   model, params = jaxlm.load(flags.model, dtype="float32")
   tokenizer = jaxlm.load_tokenizer(flags.model)
-  random = np.random.default_rng(0)
+  readme = Path(__file__).parents[1] / "README.md"
+  text = np.array(tokenizer.encode(readme.read_text("utf-8")), np.int32)
   pool = ThreadPoolExecutor(flags.threads)
   print(f"{model.n_params() / 1e6:.0f}M parameters, {flags.threads} threads")
   for dtype in flags.dtypes.split(","):
     for batch in map(int, flags.batches.split(",")):
-      shape = (batch, flags.prompt)
-      prompts = random.integers(0, model.vocab, shape, dtype=np.int32)
+      prompts = np.resize(text, (batch, flags.prompt))
       load = os.getloadavg()[0]
       engines = dict(
         engines_of(flags, work, model, params, tokenizer, dtype, batch)

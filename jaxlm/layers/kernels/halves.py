@@ -16,7 +16,8 @@ from flax import struct
 
 Array = jax.Array
 
-PARTS = 36  # into which the inputs are cut, at most
+PARTS = 32  # into which the inputs are cut, at most
+LANES = 16  # numbers of a vector
 
 
 @struct.dataclass
@@ -69,9 +70,11 @@ class Halves:
         y_m = sum_g sum_p x_pg w_pgm
     """
     n_in = x.shape[-1]
-    parts = max(p for p in range(1, PARTS + 1) if n_in % p == 0)
-    if parts < 8:
+    unit = LANES if self.turned else 1  # what is left lies side by side
+    fits = [p for p in range(8, PARTS + 1) if n_in % (p * unit) == 0]
+    if not fits:
       return None
+    parts = fits[-1]
     left = n_in // parts
     x = x.astype(jnp.float32).reshape(parts, left)
     if self.turned:
