@@ -237,6 +237,21 @@ def test_a_prompt_longer_than_the_context(chars: Path, capsys):
   assert len(cut) == 30 + 4 + 1
 
 
+def test_a_ring_goes_on_past_the_context(chars: Path, capsys):
+  """A prompt longer than the context is read through a ring, and int8 too."""
+  long = "ab" * 40
+  base = [f"--workdir={chars}", f"--prompt={long}", "--max_new_tokens=5"]
+  with pytest.raises(UserError, match="--cache='ring"):
+    program.main(base)
+  for kind in ("ring(16, sinks=2)", "ring(16) int8"):
+    text = said(capsys, *base, f"--cache={kind}", "--greedy")
+    assert text.startswith(long)
+  with pytest.raises(UserError, match="--cache works with"):
+    program.main([*base, "--cache=ring(16)", "--method=beam"])
+  with pytest.raises(UserError, match="a cache is full or a ring"):
+    program.main([*base, "--cache=int8 full"])
+
+
 def test_stop_strings(chars: Path, capsys):
   """The text up to the first of them, which is not shown."""
   args = [f"--workdir={chars}", "--prompt=ab", "--max_new_tokens=40"]

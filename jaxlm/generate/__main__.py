@@ -30,7 +30,7 @@ from jaxlm.errors import UserError
 from jaxlm.generate import batch, constraints, decode
 from jaxlm.generate.chat import Chat
 from jaxlm.generate.methods import Draw, Method, parse_method
-from jaxlm.generate.options import parse_filters
+from jaxlm.generate.options import parse_cache, parse_filters
 from jaxlm.generate.samplers import Sampler, make_sampler
 from jaxlm.generate.text import Writer
 from jaxlm.interop import pretrained
@@ -62,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
   add("--stop", action="append", metavar="TEXT", help="ends a text; repeatable")
   add("--truncate", action="store_true", help="cut prompts that are too long")
   add("--slide", action="store_true", help="read the end of such prompts")
+  add("--cache", metavar="KIND", help="'ring(1024, sinks=4)', int8, float8")
   add("--method", metavar="NAME", help="sample, greedy, beam(beams=4), ...")
   add("--draft", metavar="PATH", help="a smaller model, to speculate with")
   add("--sampler", metavar="TEXT", help="as 'temperature(0.8) min_p(0.05)'")
@@ -228,6 +229,13 @@ def make_method(
       f"--method={flags.method} needs the whole text, so nothing can --slide; "
       "use --truncate, or --method=sample"
     )
+  if flags.cache is not None:
+    if not isinstance(method, Draw):
+      raise UserError(
+        f"--method={flags.method} keeps whole caches; --cache works with "
+        "--method=sample and --method=greedy"
+      )
+    method = dataclasses.replace(method, cache=parse_cache(flags.cache))
   return _constrained(method, flags, found)
 
 

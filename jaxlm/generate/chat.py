@@ -69,6 +69,8 @@ class Chat:
     limit = most if writer.method.streams else most + 1 - writer.n
     if len(ids) <= limit or writer.long == "slide":
       return ids
+    if writer.method.cache.endless:
+      return ids
     if writer.long == "truncate":
       while len(ids) > room and (shorter := _without_oldest(messages)):
         messages = shorter

@@ -24,6 +24,7 @@ from jaxlm.generate.new import New
 from jaxlm.generate.options import Call, calls
 from jaxlm.generate.samplers import Greedy, Sample, Sampler
 from jaxlm.generate.speculative import speculate
+from jaxlm.layers.cache import FULL
 from jaxlm.layers.compute import Compute
 from jaxlm.models.decoder import Decoder
 
@@ -82,6 +83,7 @@ class Draw:
     sampler: `Greedy` or `Sample`, or any other.
     constraint: what the new tokens have to spell, as `constraints.compile`
       makes it.
+    cache: how keys and values are remembered.
     streams: whether tokens come one by one, so that a text can be shown while
       it grows, and outgrow the model's positions.
     counts: how many different texts of a prompt there can be; None: any.
@@ -90,6 +92,7 @@ class Draw:
 
   sampler: Sampler
   constraint: Constraint | None = field(default=None, compare=False, repr=False)
+  cache: Any = FULL
   streams: ClassVar[bool] = True
   counts: ClassVar[int | None] = None
   scores: ClassVar[bool] = True
@@ -101,7 +104,7 @@ class Draw:
   def __call__(self, asked: Asked) -> Iterator[New]:
     """New tokens `[rows, some]` again and again, until all rows have ended."""
     options = asked.how() | {"slide": True, "samples": asked.samples}
-    options["constraint"] = self.constraint
+    options |= {"constraint": self.constraint, "cache": self.cache}
     given = (*asked.given(), self.sampler, asked.keys)
     if asked.top is not None:
       return iter([decode.scored(*given, top=asked.top, **options)])
@@ -115,6 +118,7 @@ class Beams:
 
   beam: Beam
   streams: ClassVar[bool] = False
+  cache: ClassVar[Any] = FULL
   scores: ClassVar[bool] = False
 
   @property
@@ -139,6 +143,7 @@ class Contrast:
 
   how: Contrastive
   streams: ClassVar[bool] = False
+  cache: ClassVar[Any] = FULL
   counts: ClassVar[int | None] = 1
   scores: ClassVar[bool] = False
 
@@ -164,6 +169,7 @@ class Best:
   sampler: Sampler
   n: int = 8
   streams: ClassVar[bool] = False
+  cache: ClassVar[Any] = FULL
   scores: ClassVar[bool] = False
 
   def __post_init__(self):
@@ -221,6 +227,7 @@ class Speculate:
   gamma: int = 4
   draft_params: Tree = field(default=None, compare=False, repr=False)
   streams: ClassVar[bool] = False
+  cache: ClassVar[Any] = FULL
   counts: ClassVar[int | None] = None
   scores: ClassVar[bool] = False
 

@@ -10,13 +10,14 @@ import inspect
 import re
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxlm import keys
 from jaxlm.errors import UserError
 from jaxlm.generate import filters
 from jaxlm.generate.filters import Filter
+from jaxlm.layers.cache import Full, Quantised, Ring
 
 _CALL = re.compile(r"[\s,]*([A-Za-z_]\w*)\s*(?:\(([^()]*)\))?(?=[\s,]|$)")
 _NAME = re.compile(r"\s*([A-Za-z_]\w*)\s*=(.*)", re.DOTALL)
@@ -205,3 +206,34 @@ def parse_filters(
   """
   known = makers(ends, vocab)
   return tuple(call(known) for call in calls(text))
+
+
+_CACHES = {
+  "full": Full,
+  "ring": Ring,
+  "int8": lambda: Quantised("int8"),
+  "float8": lambda: Quantised("float8_e4m3fn"),
+}
+
+
+def parse_cache(text: str) -> Full | Ring | Quantised:
+  """The kind of cache that a text names.
+
+  >>> parse_cache("ring(1024, sinks=4)")
+  Ring(window=1024, sinks=4, move=True)
+
+  A number format after it says what it is kept in: "ring(1024) int8".
+
+  Raises:
+    UserError: for an unknown name, or kinds that cannot go together.
+  """
+  kinds = [call(_CACHES) for call in calls(text)] or [Full()]
+  first, *formats = kinds
+  if not formats:
+    return first
+  if len(formats) > 1 or not isinstance(formats[0], Quantised):
+    raise UserError(
+      f"--cache={text}: a cache is full or a ring(window, sinks), and then "
+      "perhaps int8 or float8"
+    )
+  return replace(formats[0], inner=first)

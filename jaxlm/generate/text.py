@@ -248,6 +248,8 @@ class Writer:
     over = len(ids) - most if streams else len(ids) + n - 1 - most
     if over <= 0 or n == 0 or (self.long == "slide" and streams):
       return ids
+    if self.method.cache.endless:
+      return ids
     if self.long == "truncate":
       kept = max(most + 1 - n, most // 2)
       rest = max(kept - len(self.start), 1)
@@ -258,7 +260,8 @@ class Writer:
       raise UserError(
         f"the prompt has {len(ids):,} tokens, {over:,} more than the context "
         f"of {most:,}; --truncate leaves its beginning out, --slide reads its "
-        "end and lets the window slide"
+        f"end and lets the window slide, --cache='ring({most // 2}, sinks=4)' "
+        "reads all of it and remembers so much"
       )
     raise UserError(
       f"{len(ids):,} tokens of prompt and {n:,} new ones are {over:,} more "
@@ -340,7 +343,8 @@ class Writer:
     most = self.model.max_positions
     rows = len(asked.lengths) * self.method.rows(asked.samples)
     length = min(decode.rounded(int(asked.lengths.max()) + asked.n - 1), most)
-    size = n_bytes(self.model.cache(rows, length), self.compute.jnp_dtype)
+    cache = self.model.cache(rows, length, self.method.cache)
+    size = n_bytes(cache, self.compute.jnp_dtype)
     self.figures.cache_bytes = max(self.figures.cache_bytes, size)
 
   def _nothing(self) -> Sequence[int]:
