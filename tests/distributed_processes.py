@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -39,7 +39,10 @@ def free_port() -> int:
 
 
 def start(
-  command: Iterable[str], processes: int = 1, devices: int = 1, **env: str
+  command: Iterable[str],
+  processes: int = 1,
+  devices: int = 1,
+  each: Sequence[Sequence[str]] = (),
 ) -> list[subprocess.Popen]:
   """The same Python program in each process, told its place by flags.
 
@@ -47,7 +50,7 @@ def start(
     command: what follows `python`.
     processes: how many.
     devices: CPU devices of each.
-    env: further variables.
+    each: flags of its own for each process.
   """
   where = f"--coordinator=127.0.0.1:{free_port()}"
   environment = dict(
@@ -55,13 +58,13 @@ def start(
     PYTHONPATH=str(ROOT),
     JAX_PLATFORMS="cpu",
     XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
-    **env,
   )
   return [
     subprocess.Popen(
       [
         *(sys.executable, *command),
         *(where, f"--processes={processes}", f"--process={i}"),
+        *(each[i] if each else ()),
       ],
       env=environment,
       stdout=subprocess.PIPE,

@@ -276,12 +276,13 @@ def _fail(error: BaseException) -> None:
   status = 2 if ours else 130 if isinstance(error, KeyboardInterrupt) else 1
   text = str(error) if ours else f"{type(error).__name__}: {error}"
   known = _watch.fail(status, text)
-  if ours:
-    # Not by way of sys.exit: JAX would wait there for the others.
-    leave("" if known else text, status)
-  sys.excepthook(type(error), error, error.__traceback__)
-  sys.stderr.flush()
-  os._exit(status)
+  if ours and not known:
+    print(f"error: {text}", file=sys.stderr, flush=True)
+  elif not ours:
+    sys.excepthook(type(error), error, error.__traceback__)
+    sys.stderr.flush()
+  _watch.left()
+  leave("", status)  # not by way of sys.exit: JAX would wait for the others
 
 
 def _explain_abort() -> None:

@@ -1,6 +1,7 @@
 """The mesh: all devices as a grid with named axes. One device is a mesh too."""
 
 import math
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -83,9 +84,9 @@ def process_rows(
   rules: Rules,
   rows: int,
   accumulate: int = 1,
-  process: int | None = None,
+  devices: Sequence[jax.Device] | None = None,
 ) -> np.ndarray:
-  """Which rows of a global batch the devices of a process hold, ascending.
+  """Which rows of a global batch a process's devices hold, ascending.
 
   What each process reads is decided here, by where the batch is to lie: all
   rows where the mesh does not cut the batch (tensor parallelism over hosts),
@@ -96,18 +97,18 @@ def process_rows(
     rules: says along which axes a batch is cut.
     rows: in the global batch.
     accumulate: parts it is computed in, one after the other.
-    process: whose devices; None means this process's.
+    devices: those of the process; None means this process.
 
   Returns:
     Numbers of rows, each 0 to `rows` - 1.
   """
-  process = jax.process_index() if process is None else process
+  mine = set(mesh.local_devices if devices is None else devices)
   shape = (rows // accumulate,)
   place = NamedSharding(mesh, rules.activation_spec(("batch",), shape, mesh))
   held = {
     i
     for device, (part,) in place.devices_indices_map(shape).items()
-    if device.process_index == process
+    if device in mine
     for i in range(*part.indices(shape[0]))
   }
   starts = np.arange(accumulate)[:, None] * shape[0]

@@ -52,7 +52,9 @@ class Watch:
     self._all = list(range(len(hosts)))
     self._lives: dict[int, int] = {}  # which life of it each process is in
     self._changed = threading.Condition()
-    self._rounds, self._quiet, self._ending = 0, False, False
+    self._rounds, self._ending = 0, False
+    self._note: tuple[int, str] | None = None  # why this process fails
+    self._told, self._said_by_first = False, []
     self._calls, self._asked, self._last = 0, 0, None
     self._signal: int | None = None  # received here, not told yet
     self._hurry = threading.Event()
@@ -85,16 +87,20 @@ class Watch:
     Returns:
       True if process 0 has ended in the same words, so once is enough.
     """
-    self._quiet = True  # what the others do now is known
-    note = json.dumps([status, text])
-    try:
-      self._client.key_value_set(f"{_FAILED}{self.process}", note)
-      self._pass_rounds(2)
-      known = (0, status, text) in self._failures() and self.process != 0
-      self._last_out([self.process])
-      return known
-    except Exception:
-      return False
+    with self._changed:
+      self._note = (status, text)
+      self._hurry.set()
+      self._changed.wait_for(
+        lambda: self._told, 2 + 2 * self._interval
+      )  # or somebody has died, and there are no rounds any more
+    return (status, text) in self._said_by_first and self.process != 0
+
+  def left(self) -> None:
+    """Says that this process ends now; process 0 first waits for all others.
+
+    Its end would abort them.
+    """
+    self._last_out([])
 
   def await_verdict(self) -> None:
     """Waits for the thread to find out who is gone: it ends the process."""
@@ -132,7 +138,11 @@ class Watch:
         if self._ending:
           return
         self._rounds += 1
+        note = self._note
       try:
+        if note and not self._told:  # all know it when this round is over
+          text = json.dumps([self._rounds, *note])
+          self._client.key_value_set(f"{_FAILED}{self.process}", text)
         alive = self._client.get_live_nodes(self._all)
         failures = self._failures()
         self._agree()
@@ -141,6 +151,7 @@ class Watch:
         return
       self._judge(alive, failures)
       with self._changed:
+        self._told = note is not None
         self._changed.notify_all()
       deciding = self._asked and self._last is None
       self._hurry.wait(0.02 if deciding else self._interval)
@@ -150,11 +161,10 @@ class Watch:
     self, alive: dict[int, int], failures: list[tuple[int, int, str]]
   ) -> None:
     """Ends this process if another one has ended."""
+    self._said_by_first = [tuple(f[1:]) for f in failures if f[0] == 0]
     for process, status, text in failures:
-      if process != self.process and not self._quiet:
-        if self.process == 0:  # a last round: some may not have read it yet
-          self._client.get_live_nodes(self._all)
-        self._last_out([process])
+      if not self._note and not self._ending:
+        self._last_out([])
         leave(f"{self.name(process)}: {text}", status)
     lives = self._lives = self._lives or dict(alive)
     gone = [i for i in self._all if i not in alive or alive[i] != lives.get(i)]
@@ -162,7 +172,7 @@ class Watch:
       self._lost(gone)
 
   def _lost(self, processes: list[int]) -> None:
-    if not self._quiet:
+    if not self._note and not self._ending:
       self._last_out(processes)
       leave(lost(", ".join(map(self.name, processes))), LOST)
 
@@ -171,7 +181,7 @@ class Watch:
     if 0 in gone and self.process != 0:
       return
     if self.process != 0:
-      self._client.key_value_set(f"{_LEFT}{self.process}", "")
+      self._client.key_value_set(f"{_LEFT}{self.process}", "", True)
       return
     deadline = time.monotonic() + 2 + self._interval
     while time.monotonic() < deadline:
@@ -182,9 +192,14 @@ class Watch:
     time.sleep(0.2)  # from their note to their exit
 
   def _failures(self) -> list[tuple[int, int, str]]:
-    """(process, its exit status, why) of those that ended by an error."""
+    """(process, its exit status, why) of those that ended by an error.
+
+    A note counts from the round on after which all are sure to see it, so that
+    all end after the same round and nobody waits for another one.
+    """
     notes = self._client.key_value_dir_get(_FAILED)
-    return [(int(k.split("/")[-1]), *json.loads(note)) for k, note in notes]
+    found = [(int(k.split("/")[-1]), *json.loads(note)) for k, note in notes]
+    return [(i, *why) for i, since, *why in found if since <= self._rounds]
 
   def _agree(self) -> None:
     """Goes on with the agreement on the last call, where one is asked for."""
@@ -204,15 +219,6 @@ class Watch:
       with self._changed:
         self._last = max(calls) + 1
         self._changed.notify_all()
-
-  def _pass_rounds(self, count: int) -> None:
-    """Waits until so many rounds are over, or somebody must have died."""
-    self._hurry.set()
-    with self._changed:
-      goal = self._rounds + count
-      self._changed.wait_for(
-        lambda: self._rounds > goal, 2 + count * self._interval
-      )
 
   def name(self, process: int) -> str:
     """How a process is called in messages."""
