@@ -203,7 +203,7 @@ def draw_knobs(found: dict[str, list[Figures]], path: Path) -> None:
     other = ax.twinx()
     y = [one.numbers["perplexity"] for one in settings]
     other.plot(x, y, "s--", color="C2", label="perplexity (right)")
-    other.set(yscale="log", ylim=(1, 1000))
+    other.set(yscale="log", ylim=(1, 3000))
     other.minorticks_off()
     ax.grid(alpha=0.3)
   lines = [*ax.lines, *other.lines]
