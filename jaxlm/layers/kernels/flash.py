@@ -28,6 +28,7 @@ from jaxlm.layers.kernels.flash_forward import (
   Steps,
   forward,
 )
+from jaxlm.layers.kernels.tpu import on_device, padded
 from jaxlm.layers.mask import Mask, PrefixLM
 
 if TYPE_CHECKING:  # `attend` imports this file
@@ -177,7 +178,7 @@ def _seen(setting: Setting, data, possible, q, k) -> Array:
 
   def both(name: str, q_least: int | None, k_least: int | None):
     x, y = data[name]
-    x, y = _padded(x, q[1], 1, 0), _padded(y, k[1], 1, 0)
+    x, y = padded(x, q[1], 1, 0), padded(y, k[1], 1, 0)
     return (
       _each(visits.bounds(x, q[1], q[0], q_least), 1),
       _each(visits.bounds(y, k[1], k[0], k_least), 0),
@@ -202,13 +203,6 @@ def _seen(setting: Setting, data, possible, q, k) -> Array:
 # --- Layouts ----------------------------------------------------------------
 
 
-def _padded(x: Array, block: int, axis: int, fill: int = 0) -> Array:
-  """`x` with `axis` filled up to whole blocks."""
-  more = -x.shape[axis] % block
-  widths = [(0, more if i == axis else 0) for i in range(x.ndim)]
-  return jnp.pad(x, widths, constant_values=fill) if more else x
-
-
 def _rows(setting: Setting, x: Array, groups: int) -> Array:
   """[batch, seq, heads, dim] as [batch, groups, P, dim].
 
@@ -216,10 +210,10 @@ def _rows(setting: Setting, x: Array, groups: int) -> Array:
   rounds a block up.
   """
   b, _, n, h = x.shape
-  x = _padded(x, setting.queries, 1)
+  x = padded(x, setting.queries, 1)
   x = x.reshape(b, -1, setting.queries, groups, n // groups, h)
   x = jnp.transpose(x, (0, 3, 1, 4, 2, 5))
-  x = _padded(x.reshape(*x.shape[:3], -1, h), setting.rows, 3)
+  x = padded(x.reshape(*x.shape[:3], -1, h), setting.rows, 3)
   return x.reshape(b, groups, -1, h)
 
 
@@ -236,7 +230,7 @@ def _from_rows(setting: Setting, x: Array, t: int, group: int) -> Array:
 def _per_head(setting: Setting, x: Array, groups: int) -> Array:
   """[heads] as float32 [groups, 1, rows]."""
   x = x.astype(jnp.float32).reshape(groups, 1, -1)
-  return _padded(jnp.repeat(x, setting.queries, 2), setting.rows, 2)
+  return padded(jnp.repeat(x, setting.queries, 2), setting.rows, 2)
 
 
 def _operands(setting: Setting, data, q, k, v, sinks, slopes) -> Operands:
@@ -248,11 +242,11 @@ def _operands(setting: Setting, data, q, k, v, sinks, slopes) -> Operands:
     heads = (*at.shape[:2], q.shape[2] // groups, at.shape[3])
     at = _rows(setting, jnp.broadcast_to(at, heads), 1)[:, 0]
     keys = jnp.stack([x for _, x in fields], axis=1)
-    keys = _padded(_padded(keys, setting.keys, 2, -1), 8, 1)
-    at = _padded(jnp.swapaxes(at, 1, 2), 8, 1)
+    keys = padded(padded(keys, setting.keys, 2, -1), 8, 1)
+    at = padded(jnp.swapaxes(at, 1, 2), 8, 1)
 
   def by_head(x: Array) -> Array:
-    return _padded(jnp.swapaxes(x, 1, 2), setting.keys, 2)
+    return padded(jnp.swapaxes(x, 1, 2), setting.keys, 2)
 
   return Operands(
     _rows(setting, q, groups),
@@ -275,7 +269,7 @@ def _attention(setting: Setting, plan, data, q, k, v, sinks, slopes) -> Array:
 
 def _forward(setting: Setting, plan, data, q, k, v, sinks, slopes):
   x = _operands(setting, data, q, k, v, sinks, slopes)
-  out, lse = _on_device(functools.partial(forward, setting), x, plan[0])
+  out, lse = on_device(functools.partial(forward, setting), x, plan[0])
   out = _from_rows(setting, out, q.shape[1], q.shape[2] // k.shape[2])
   return out, (plan, data, q, k, v, sinks, slopes, out, lse)
 
@@ -287,7 +281,7 @@ def _backward(setting: Setting, saved, do: Array):
     do.astype(jnp.float32) * out.astype(jnp.float32), -1, keepdims=True
   )
   x = _operands(setting, data, q, k, v, sinks, slopes)
-  dq, dk, dv = _on_device(
+  dq, dk, dv = on_device(
     functools.partial(backward, setting),
     x,
     lse,
@@ -307,12 +301,3 @@ def _backward(setting: Setting, saved, do: Array):
 
 
 _attention.defvjp(_forward, _backward)
-
-
-def _on_device(kernel, *args):
-  """Compiled where there is a TPU, interpreted on a CPU."""
-  return jax.lax.platform_dependent(
-    *args,
-    cpu=functools.partial(kernel, interpret=True),
-    tpu=functools.partial(kernel, interpret=False),
-  )

@@ -17,11 +17,10 @@ from jaxlm.layers.kernels.flash_forward import (
   Setting,
   Steps,
   call,
-  column,
   inputs,
-  product,
   scores,
 )
+from jaxlm.layers.kernels.tpu import column, product
 
 Array = jax.Array
 
@@ -104,7 +103,7 @@ def _query_kernel(setting: Setting, word, refs: dict) -> None:
     p = jnp.exp(s - lse[...])
     ds = p * (product(do, v, (1, 1)) - delta[...])
     ds = ds if slope is None else ds * slope
-    total[...] += product(ds.astype(k.dtype), k, (1, 0))
+    total[...] += product(ds.astype(k.dtype), k)
 
   @pl.when(word & visits.LAST != 0)
   def _():
@@ -126,10 +125,10 @@ def _key_kernel(setting: Setting, word, refs: dict) -> None:
     q, v, do = refs["q"][0, 0], refs["v"][0, 0], refs["do"][0, 0]
     s, slope = scores(setting, refs, i, j, turned=True)
     p = jnp.exp(s - refs["lse"][0, 0])
-    dv[...] += product(p.astype(do.dtype), do, (1, 0))
+    dv[...] += product(p.astype(do.dtype), do)
     ds = p * (product(v, do, (1, 1)) - refs["delta"][0, 0])
     ds = ds if slope is None else ds * slope
-    dk[...] += product(ds.astype(q.dtype), q, (1, 0))
+    dk[...] += product(ds.astype(q.dtype), q)
 
   @pl.when(word & visits.LAST != 0)
   def _():

@@ -10,14 +10,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxlm.layers.kernels import visits
+from jaxlm.layers.kernels.tpu import (
+  LANES,
+  LEAST,
+  LOW,
+  column,
+  grow,
+  product,
+  spread,
+)
 from jaxlm.layers.mask import Mask
 
 Array = jax.Array
-
-# Scores of unseen keys, and the least maximum: exp(LOW - LEAST) is exactly 0,
-# so a row that sees nothing sums to 0 and not to NaN.
-LOW, LEAST = -1e30, -5e29
-LANES = 128  # a number per row is kept once per lane of a register
 
 
 @dataclass(frozen=True)
@@ -80,17 +84,6 @@ class Steps(NamedTuple):
 
   words: Array
   count: Array | None = None
-
-
-def product(a: Array, b: Array, contract: tuple[int, int]) -> Array:
-  """A matrix product with float32 sums."""
-  axes = (((contract[0],), (contract[1],)), ((), ()))
-  return jax.lax.dot_general(a, b, axes, preferred_element_type=jnp.float32)
-
-
-def column(row: Array) -> Array:
-  """[1, n] as [n, 1]; eight rows are what a TPU can turn."""
-  return jnp.broadcast_to(row, (8, row.shape[1])).T[:, :1]
 
 
 def scores(
@@ -196,29 +189,17 @@ def _forward_kernel(setting: Setting, word, refs: dict) -> None:
   def _():
     s, _ = scores(setting, refs, i, j)
     v = refs["v"][0, 0]
-    new = jnp.maximum(top[...], jnp.max(s, axis=1, keepdims=True))
-    shrink = jnp.exp(top[...] - new)
-    weights = jnp.exp(s - _spread(new, s.shape[1]))
-    total[...] = total[...] * shrink + jnp.sum(weights, axis=1, keepdims=True)
-    acc[...] = acc[...] * _spread(shrink, v.shape[1]) + product(
-      weights.astype(v.dtype), v, (1, 0)
-    )
-    top[...] = new
+    weights, shrink = grow(s, top, total)
+    part = product(weights.astype(v.dtype), v)
+    acc[...] = acc[...] * spread(shrink, v.shape[1]) + part
 
   @pl.when(word & visits.LAST != 0)
   def _():
     sums = total[...]
     sums = jnp.where(sums == 0.0, 1.0, sums)
-    out = acc[...] / _spread(sums, acc.shape[1])
+    out = acc[...] / spread(sums, acc.shape[1])
     refs["out"][0, 0] = out.astype(refs["out"].dtype)
     refs["lse"][0, 0] = (top[...] + jnp.log(sums)).T[:1]
-
-
-def _spread(x: Array, n: int) -> Array:
-  """[rows, LANES], equal along lanes, as [rows, n]."""
-  if n % LANES == 0:
-    return jnp.tile(x, (1, n // LANES))
-  return x[:, :n] if n < LANES else jnp.broadcast_to(x[:, :1], (len(x), n))
 
 
 # --- The call that all kernels share ----------------------------------------

@@ -1,0 +1,112 @@
+"""The TPU's own compiler takes the kernels, without a TPU.
+
+In a process of its own, because the one that runs the tests may not start a
+TPU's library. Needs the extra `tpu`; docs/kernels.md has the larger table.
+"""
+
+import functools
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.skipif(
+  importlib.util.find_spec("libtpu") is None,
+  reason="libtpu is not installed (pip install jaxlm[tpu])",
+)
+ROOT = pathlib.Path(__file__).parent.parent
+
+# Forward and gradients of each; `name: (target, mask, shape, fields)`.
+SCRIPT = """
+import json
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+from jaxlm.layers.attend import At, attend
+from jaxlm.layers.compute import Compute
+from jaxlm.layers.kernels.fused_loss import fused_cross_entropy
+from jaxlm.layers.mask import Causal, Chunked, PrefixLM, Sliding
+
+def on(target):
+  device = topologies.get_topology_desc(
+    platform="tpu", topology_name=target).devices[0]
+  where = SingleDeviceSharding(device)
+  return lambda *shape, dtype="bfloat16": jax.ShapeDtypeStruct(
+    shape, jnp.dtype(dtype), sharding=where)
+
+def attention(target, mask, t, head_dim, dtype="bfloat16", fields=(), **more):
+  array = on(target)
+  q = array(1, t, 4, head_dim, dtype=dtype)
+  k = array(1, t, 2, head_dim, dtype=dtype)
+  at = At(**{name: array(1, t, dtype="int32") for name in fields})
+  def loss(q, k, v, at):
+    y = attend(q, k, v, mask, at, compute=Compute(attention="flash"), **more)
+    return jnp.sum(y.astype(jnp.float32) ** 2)
+  return jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, k, at).compile()
+
+def entropy(target):
+  array = on(target)
+  def loss(x, w, targets):
+    return jnp.mean(fused_cross_entropy(x, w, targets, softcap=30.0)[0])
+  return jax.jit(jax.grad(loss, (0, 1))).lower(
+    array(1, 1024, 256), array(256, 5000), array(1, 1024, dtype="int32")
+  ).compile()
+
+def bytes_of(program):
+  return program.memory_analysis().temp_size_in_bytes
+
+found = {}
+for target in ("v5e:2x2", "v5p:2x2x1", "v6e:2x2"):
+  found[target] = bytes_of(attention(target, Causal(), 1000, 128))
+found["float32"] = bytes_of(
+  attention("v5e:2x2", Chunked(300), 1024, 80, "float32"))
+found["data"] = bytes_of(attention("v5e:2x2", Sliding(300, 4), 1024, 64,
+  fields=("positions", "segments"), softcap=30.0))
+found["blocks"] = bytes_of(
+  attention("v5e:2x2", PrefixLM(), 512, 256, fields=("blocks",)))
+found["loss"] = bytes_of(entropy("v5e:2x2"))
+for t in (65536, 131072):
+  found[str(t)] = bytes_of(attention("v5e:2x2", Sliding(4096), t, 128))
+print(json.dumps(found))
+"""
+
+
+@functools.cache
+def compiled() -> dict[str, int]:
+  """Bytes of temporary memory of what was compiled, by name."""
+  env = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "PYTHONPATH": str(ROOT),
+  }
+  run = subprocess.run(
+    [sys.executable, "-c", SCRIPT],
+    env=env,
+    capture_output=True,
+    text=True,
+    timeout=600,
+  )
+  assert run.returncode == 0, run.stderr[-3000:]
+  return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_the_compiler_takes_every_kernel():
+  """Three generations; both dtypes; odd widths and lengths; data; the loss."""
+  assert {"v5e:2x2", "v5p:2x2x1", "v6e:2x2", "loss"} <= compiled().keys()
+
+
+@pytest.mark.slow
+def test_memory_grows_with_the_length():
+  """A few arrays as large as the queries, and twice as much for twice the
+  tokens; one byte per pair of tokens would be 16 GB.
+  """
+  small, large = compiled()["65536"], compiled()["131072"]
+  queries = 131072 * 4 * 128 * 2  # tokens, heads, head_dim, bytes
+  assert small < large < 2.6 * small
+  assert large < 4 * queries
