@@ -124,7 +124,7 @@ NORMS = [
 ]
 
 
-@pytest.mark.parametrize("layer", NORMS, ids=repr)
+@pytest.mark.parametrize("layer", NORMS)
 def test_norms(wide, layer):
   """The gradient of `_standardise` is written by hand."""
   check(layer, layer, (2, 3, 5))
@@ -141,7 +141,7 @@ ACTS = [mlp.gelu, mlp.gelu_tanh, mlp.silu, mlp.relu, mlp.relu2]
 FFNS = [*(mlp.MLP(3, 5, act, bias=True) for act in ACTS), mlp.GLU(3, 5)]
 
 
-@pytest.mark.parametrize("layer", FFNS, ids=repr)
+@pytest.mark.parametrize("layer", FFNS)
 def test_feed_forward(wide, layer):
   """Every activation, and a gate."""
   check(lambda p, x: layer(p, x)[0], layer, (2, 2, 3))
