@@ -1,5 +1,6 @@
 """Many processes are one run: they come, learn, save and stop together."""
 
+import re
 import signal
 import socket
 import threading
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from distributed_processes import (
+  ROOT,
   finish,
   free_port,
   start,
@@ -28,6 +30,7 @@ from jaxlm.parallel.meeting import meet
 from jaxlm.parallel.mesh import make_mesh, process_rows
 from jaxlm.parallel.rules import preset
 from jaxlm.parallel.watch import Watch
+from jaxlm.recipe import schedule
 from jaxlm.train import train
 
 # --- Launchers ----------------------------------------------------------------
@@ -362,6 +365,38 @@ def test_the_order_of_the_data_is_one(windows):
   for i in range(len(every)):
     for name, whole in every[i].items():
       np.testing.assert_array_equal(mine[i][name], whole[some])
+
+
+# --- The page -----------------------------------------------------------------
+
+
+def blocks(kind: str) -> list[str]:
+  """The examples of docs/distributed.md."""
+  page = (ROOT / "docs" / "distributed.md").read_text("utf-8")
+  return re.findall(rf"```{kind}\n(.*?)```", page, re.S)
+
+
+def test_the_laptop_example_is_a_valid_run():
+  """Its command line is read as the program reads it."""
+  (block,) = blocks("bash")
+  command = block.split("jaxlm.train")[1].split("&")[0]
+  argv = command.replace("\\\n", " ").replace("$process", "1").split()
+  flags = program.parser("A test.")
+  distributed.add_flags(flags)
+  argv[0] = f"--config={ROOT / argv[0].removeprefix('--config=')}"
+  run = program.load(argv, flags)
+  schedule(run.config)
+  asked = (run.flags.coordinator, run.flags.processes, run.flags.process)
+  assert distributed.place(*asked) == Place("127.0.0.1:1234", 2, 1)
+
+
+def test_the_python_example_runs(capsys):
+  """With one process, as it stands."""
+  (block,) = blocks("python")
+  names: dict = {}
+  exec(compile(block, "docs/distributed.md", "exec"), names)
+  assert capsys.readouterr().out == "process 0 of 1\n"
+  assert names["newest"] == 7
 
 
 # --- Real processes -----------------------------------------------------------
