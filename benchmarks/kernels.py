@@ -13,6 +13,7 @@ instead. Needs `pip install jaxlm[tpu]`.
 """
 
 import argparse
+import itertools
 import os
 import pathlib
 import re
@@ -134,7 +135,7 @@ def bundles(folder: pathlib.Path) -> dict[str, int]:
     )
     cuts = [int(at, 16) for at, branch in lines if branch]
     cuts = [0, *cuts, int(lines[-1][0], 16)]
-    longest = max(b - a for a, b in zip(cuts, cuts[1:], strict=False))
+    longest = max(b - a for a, b in itertools.pairwise(cuts))
     found[name[1]] = max(longest, found.get(name[1], 0))
   return found
 

@@ -41,7 +41,7 @@ def through_a_cache(model, params, tokens: np.ndarray, kind) -> np.ndarray:
   import jax.numpy as jnp
 
   from jaxlm.generate.step import UNROLLED, new_cache
-  from jaxlm.layers.attend import At
+  from jaxlm.layers.at import At
   from jaxlm.models.decoder import forward
 
   @functools.partial(jax.jit, donate_argnums=1)

@@ -19,7 +19,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-  "At": "jaxlm.layers.attend",
+  "At": "jaxlm.layers.at",
   "Compute": "jaxlm.layers.compute",
   "Decoder": "jaxlm.models.decoder",
   "Greedy": "jaxlm.generate.samplers",

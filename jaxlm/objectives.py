@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlm.layers.attend import At
+from jaxlm.layers.at import At
 from jaxlm.layers.compute import DEFAULT, Compute
 from jaxlm.losses import chunked_cross_entropy, cross_entropy, weighted_mean
 from jaxlm.models.decoder import Decoder, head, hidden, logits

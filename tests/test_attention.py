@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from jaxlm.layers import cache as kv
-from jaxlm.layers.attend import FORMS, At, attend, masked_softmax, visible
+from jaxlm.layers.at import At
+from jaxlm.layers.attend import FORMS, attend, masked_softmax, visible
 from jaxlm.layers.attention import Attention
 from jaxlm.layers.compute import Compute
 from jaxlm.layers.mask import Causal, Chunked, Full, PrefixLM, Sliding

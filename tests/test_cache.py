@@ -19,7 +19,7 @@ from tiny_models import MODELS, SMALL, block, random_params
 
 from jaxlm.errors import UserError
 from jaxlm.layers import cache as kv
-from jaxlm.layers.attend import At
+from jaxlm.layers.at import At
 from jaxlm.layers.attention import Attention
 from jaxlm.layers.cache import Full, Quantised, Ring
 from jaxlm.layers.compute import Compute

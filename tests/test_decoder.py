@@ -25,7 +25,7 @@ from tiny_models import (
 
 from jaxlm.errors import UserError
 from jaxlm.layers import cache as kv
-from jaxlm.layers.attend import At
+from jaxlm.layers.at import At
 from jaxlm.layers.attention import Attention
 from jaxlm.layers.compute import Compute
 from jaxlm.layers.mlp import MLP

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 
 from jaxlm.errors import UserError
 from jaxlm.generate.decode import generate
-from jaxlm.layers.attend import At
+from jaxlm.layers.at import At
 from jaxlm.layers.attention import Attention
 from jaxlm.layers.cache import empty
 from jaxlm.layers.compute import Compute

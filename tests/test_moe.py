@@ -21,7 +21,7 @@ from tiny_models import random_params, random_tokens
 from jaxlm import optim, values
 from jaxlm.errors import UserError
 from jaxlm.layers import mlp, moe, router
-from jaxlm.layers.attend import At
+from jaxlm.layers.at import At
 from jaxlm.layers.cache import empty
 from jaxlm.layers.compute import Compute
 from jaxlm.layers.kernels import grouped

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 from jaxlm.errors import UserError
-from jaxlm.layers.attend import At
+from jaxlm.layers.at import At
 from jaxlm.layers.attention import Attention
 from jaxlm.layers.cache import empty
 from jaxlm.layers.param import init

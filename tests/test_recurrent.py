@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jaxlm.errors import UserError
 from jaxlm.generate.decode import generate
 from jaxlm.generate.prompts import pad_left
-from jaxlm.layers.attend import At
+from jaxlm.layers.at import At
 from jaxlm.layers.cache import empty
 from jaxlm.layers.compute import Compute
 from jaxlm.layers.mlp import relu

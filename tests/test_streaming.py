@@ -16,7 +16,7 @@ from jaxlm.generate.prompts import pad_left, pad_right
 from jaxlm.generate.samplers import Sample
 from jaxlm.generate.step import new_cache
 from jaxlm.layers import cache as kv
-from jaxlm.layers.attend import At
+from jaxlm.layers.at import At
 from jaxlm.layers.cache import Quantised, Ring
 from jaxlm.layers.compute import Compute
 from jaxlm.layers.latent import LatentAttention

@@ -20,7 +20,7 @@ from jaxlm.errors import UserError
 from jaxlm.generate.judge import PROPOSE, Text, distribution, draw
 from jaxlm.generate.samplers import Greedy, Sample
 from jaxlm.generate.step import forget, read
-from jaxlm.layers.attend import At
+from jaxlm.layers.at import At
 from jaxlm.layers.cache import FULL
 from jaxlm.layers.compute import Compute
 from jaxlm.layers.mask import Causal, Mask

@@ -24,7 +24,7 @@ from jaxlm.generate.loop import Given, Method, State, extend, first
 from jaxlm.generate.prompts import check, pad_left
 from jaxlm.generate.samplers import Sampler
 from jaxlm.generate.step import UNROLLED, new_cache, whole
-from jaxlm.layers.attend import At
+from jaxlm.layers.at import At
 from jaxlm.layers.compute import Compute
 from jaxlm.layers.paged import Paged, with_table
 from jaxlm.models.decoder import Decoder, hidden

@@ -59,7 +59,7 @@ from jaxlm.generate.judge import (
 from jaxlm.generate.prompts import Prompts, check
 from jaxlm.generate.samplers import Greedy, Sample
 from jaxlm.generate.step import UNROLLED, forget, prefill
-from jaxlm.layers.attend import At
+from jaxlm.layers.at import At
 from jaxlm.layers.compute import Compute
 from jaxlm.models.decoder import Decoder, hidden, logits
 

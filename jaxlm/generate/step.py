@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxlm.errors import UserError
-from jaxlm.layers.attend import At
+from jaxlm.layers.at import At
 from jaxlm.layers.cache import FULL, empty
 from jaxlm.layers.compute import Compute, active_mesh
 from jaxlm.layers.param import path_name, paths

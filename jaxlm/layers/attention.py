@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from jaxlm.errors import UserError
 from jaxlm.layers import cache as kv
-from jaxlm.layers.attend import At, Moved, attend, largest_logits
+from jaxlm.layers.at import At
+from jaxlm.layers.attend import Moved, attend, largest_logits
 from jaxlm.layers.compute import DEFAULT, Compute
 from jaxlm.layers.linear import dot
 from jaxlm.layers.mask import Causal, Mask

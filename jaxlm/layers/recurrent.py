@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxlm.layers.attend import At
+from jaxlm.layers.at import At
 from jaxlm.layers.compute import DEFAULT, Compute
 from jaxlm.layers.linear import dot
 from jaxlm.layers.mlp import Activation

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.errors import UserError
-from jaxlm.layers.attend import At
+from jaxlm.layers.at import At
 from jaxlm.layers.attention import Attention
 from jaxlm.layers.cache import FULL
 from jaxlm.layers.compute import DEFAULT, Compute, active_mesh
