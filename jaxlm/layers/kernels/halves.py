@@ -42,6 +42,11 @@ class Halves:
     return self.w.shape
 
   @property
+  def dtype(self) -> Any:
+    """Of the weight: bfloat16."""
+    return self.w.dtype
+
+  @property
   def T(self) -> "Halves":
     """The transposed matrix, of the same integers."""
     return Halves(self.w.T, self.bits, not self.turned)
