@@ -14,8 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxlm.errors import UserError
-from jaxlm.layers.at import At
-from jaxlm.layers.attend import attend, attend_reference, choose, visible
+from jaxlm.layers.attend import At, attend, attend_reference, choose, visible
 from jaxlm.layers.compute import Compute
 from jaxlm.layers.kernels import visits
 from jaxlm.layers.kernels.flash import Tiles, flash_attention, plan_steps

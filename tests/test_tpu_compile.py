@@ -27,8 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
-from jaxlm.layers.at import At
-from jaxlm.layers.attend import attend
+from jaxlm.layers.attend import At, attend
 from jaxlm.layers.compute import Compute
 from jaxlm.layers.kernels.fused_loss import fused_cross_entropy
 from jaxlm.layers.mask import Causal, Chunked, PrefixLM, Sliding

@@ -13,13 +13,13 @@ share it, and a single query of many heads still fills a matrix.
 import functools
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.errors import UserError
-from jaxlm.layers.at import At
 from jaxlm.layers.kernels import visits
 from jaxlm.layers.kernels.flash_backward import backward
 from jaxlm.layers.kernels.flash_forward import (
@@ -28,8 +28,11 @@ from jaxlm.layers.kernels.flash_forward import (
   Steps,
   forward,
 )
-from jaxlm.layers.kernels.tpu import on_device, padded
+from jaxlm.layers.kernels.tpu import LOG2E, on_device, padded
 from jaxlm.layers.mask import Mask, PrefixLM
+
+if TYPE_CHECKING:  # `attend` imports this file
+  from jaxlm.layers.attend import At
 
 Array = jax.Array
 
@@ -66,8 +69,8 @@ def flash_attention(
   k: Array,
   v: Array,
   mask: Mask,
-  at: At,
-  keys: At,
+  at: "At",
+  keys: "At",
   *,
   scale: float,
   softcap: float | None = None,
@@ -122,7 +125,7 @@ def flash_attention(
 # --- What comes with the data -----------------------------------------------
 
 
-def _data(mask: Mask, at: At, keys: At, b: int, t: int, s: int) -> dict:
+def _data(mask: Mask, at: "At", keys: "At", b: int, t: int, s: int) -> dict:
   """What of the sight comes with the data: name -> int32 ([b, t], [b, s])."""
 
   def full(x: Array | None, n: int) -> Array:
@@ -225,8 +228,8 @@ def _from_rows(setting: Setting, x: Array, t: int, group: int) -> Array:
 
 
 def _per_head(setting: Setting, x: Array, groups: int) -> Array:
-  """[heads] as float32 [groups, 1, rows]."""
-  x = x.astype(jnp.float32).reshape(groups, 1, -1)
+  """[heads] times log2(e), as float32 [groups, 1, rows]."""
+  x = x.astype(jnp.float32).reshape(groups, 1, -1) * LOG2E
   return padded(jnp.repeat(x, setting.queries, 2), setting.rows, 2)
 
 
@@ -291,7 +294,8 @@ def _backward(setting: Setting, saved, do: Array):
   dsinks = None
   if sinks is not None:  # a key without a value: dP = 0, so dS = -P delta
     sums = _from_rows(setting, jnp.swapaxes(lse, 2, 3), t, group)
-    p = jnp.exp(sinks.astype(jnp.float32)[None, None, :, None] - sums)
+    score = sinks.astype(jnp.float32)[None, None, :, None] * LOG2E
+    p = jnp.exp2(score - sums)
     dsinks = -jnp.sum(p * delta, (0, 1, 3)).astype(sinks.dtype)
   none = None if slopes is None else jnp.zeros_like(slopes)
   return None, None, dq, dk, dv, dsinks, none

@@ -39,7 +39,7 @@ def backward(
   Args:
     setting: what is fixed.
     x: the operands of the forward pass.
-    lse: log of the sums, float32 `[batch, kv_heads, 1, P]`.
+    lse: log2 of the sums, float32 `[batch, kv_heads, 1, P]`.
     delta: sums of do x out over a value, float32, in the shape of `lse`.
     do: gradient of the output, `[batch, kv_heads, P, value_dim]`.
     steps: by block of queries, and by block of keys.
@@ -84,7 +84,7 @@ def backward(
 def _query_kernel(setting: Setting, word, refs: dict) -> None:
   """One pair of blocks, [rows, keys]: dQ += dS K.
 
-  P = exp(S - lse), dP = dO V', dS = P (dP - delta), times the soft cap's slope.
+  P = 2^(S - lse), dP = dO V', dS = P (dP - delta), times the soft cap's slope.
   The scale is left to the end.
   """
   total, lse, delta = refs["sum"], refs["lse_down"], refs["delta_down"]
@@ -100,7 +100,7 @@ def _query_kernel(setting: Setting, word, refs: dict) -> None:
     i, j = visits.outer(word), visits.inner(word)
     k, v, do = refs["k"][0, 0], refs["v"][0, 0], refs["do"][0, 0]
     s, slope = scores(setting, refs, i, j)
-    p = jnp.exp(s - lse[...])
+    p = jnp.exp2(s - lse[...])
     ds = p * (product(do, v, (1, 1)) - delta[...])
     ds = ds if slope is None else ds * slope
     total[...] += product(ds.astype(k.dtype), k)
@@ -124,7 +124,7 @@ def _key_kernel(setting: Setting, word, refs: dict) -> None:
     i, j = visits.inner(word), visits.outer(word)
     q, v, do = refs["q"][0, 0], refs["v"][0, 0], refs["do"][0, 0]
     s, slope = scores(setting, refs, i, j, turned=True)
-    p = jnp.exp(s - refs["lse"][0, 0])
+    p = jnp.exp2(s - refs["lse"][0, 0])
     dv[...] += product(p.astype(do.dtype), do)
     ds = p * (product(v, do, (1, 1)) - refs["delta"][0, 0])
     ds = ds if slope is None else ds * slope

@@ -13,6 +13,7 @@ from jaxlm.layers.kernels import visits
 from jaxlm.layers.kernels.tpu import (
   LANES,
   LEAST,
+  LOG2E,
   LOW,
   column,
   grow,
@@ -61,8 +62,8 @@ class Operands(NamedTuple):
     v: `[batch, kv_heads, S, value_dim]`.
     at: int32 `[batch, fields, P]`, or None.
     keys: int32 `[batch, fields, S]`, or None.
-    sinks: float32 `[kv_heads, 1, rows]`, or None.
-    slopes: float32 `[kv_heads, 1, rows]`, or None.
+    sinks: times log2(e), float32 `[kv_heads, 1, rows]`, or None.
+    slopes: likewise.
   """
 
   q: Array
@@ -89,7 +90,7 @@ class Steps(NamedTuple):
 def scores(
   setting: Setting, refs: dict, i, j, turned: bool = False
 ) -> tuple[Array, Array | None]:
-  """Scores of query block `i` and key block `j`.
+  """Scores of query block `i` and key block `j`, times log2(e).
 
   Returns:
     Float32 `[rows, keys]`, or `[keys, rows]` if turned, and the soft cap's
@@ -97,11 +98,11 @@ def scores(
   """
   q, k, slope = refs["q"][0, 0], refs["k"][0, 0], None
   s = product(k, q, (1, 1)) if turned else product(q, k, (1, 1))
-  if setting.scale != 1.0:
-    s = s * setting.scale
-  if setting.softcap is not None:
-    bent = jnp.tanh(s * (1.0 / setting.softcap))
-    s, slope = bent * setting.softcap, 1.0 - bent * bent
+  if setting.softcap is None:
+    s = s * (setting.scale * LOG2E)
+  else:
+    bent = jnp.tanh(s * (setting.scale / setting.softcap))
+    s, slope = bent * (setting.softcap * LOG2E), 1.0 - bent * bent
   where, stood, see = _sight(setting, refs, i, j, turned)
   if setting.slopes:
     per_row = refs["slopes"][0]
@@ -147,7 +148,7 @@ def _sight(setting: Setting, refs: dict, i, j, turned: bool):
 def forward(
   setting: Setting, x: Operands, steps: Steps, interpret: bool
 ) -> tuple[Array, Array]:
-  """The output `[batch, kv_heads, P, value_dim]`, and the log of the sums.
+  """The output `[batch, kv_heads, P, value_dim]`, and log2 of the sums.
 
   The latter is float32 `[batch, kv_heads, 1, P]`: what the backward pass needs
   to make any block of probabilities again.
@@ -199,7 +200,7 @@ def _forward_kernel(setting: Setting, word, refs: dict) -> None:
     sums = jnp.where(sums == 0.0, 1.0, sums)
     out = acc[...] / spread(sums, acc.shape[1])
     refs["out"][0, 0] = out.astype(refs["out"].dtype)
-    refs["lse"][0, 0] = (top[...] + jnp.log(sums)).T[:1]
+    refs["lse"][0, 0] = (top[...] + jnp.log2(sums)).T[:1]
 
 
 # --- The call that all kernels share ----------------------------------------

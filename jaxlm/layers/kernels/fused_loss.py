@@ -21,6 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxlm.layers.kernels.tpu import (
   LANES,
   LEAST,
+  LOG2E,
   LOW,
   grow,
   on_device,
@@ -179,14 +180,15 @@ def _sums(setting: Setting, x, w, numbers, interpret: bool):
       found[...] = jnp.zeros_like(found)
 
     s, _, word = _logits(setting, x[...], w[...], block)
-    grow(s, top, total)
+    grow(s * LOG2E, top, total)
     own = jnp.where(_is_target(numbers[...].T, word), s, 0.0)
     found[...] += jnp.sum(own, axis=1, keepdims=True)
 
     @pl.when(block == pl.num_programs(1) - 1)
     def _():
       picked[...] = found[...].T[:8]
-      log_z[...] = (top[...] + jnp.log(total[...])).T[:8]
+      log = top[...] + jnp.log2(total[...])
+      log_z[...] = (log * (1.0 / LOG2E)).T[:8]
 
   along = ((8, rows), lambda i, j: (0, i))
   like = jax.ShapeDtypeStruct((8, x.shape[0]), jnp.float32)

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 
 Array = jax.Array
 
-# Scores of unseen keys, and the least maximum: exp(LOW - LEAST) is exactly 0,
+# Scores of unseen keys, and the least maximum: 2^(LOW - LEAST) is exactly 0,
 # so a row that sees nothing sums to 0 and not to NaN.
 LOW, LEAST = -1e30, -5e29
+LOG2E = 1.4426950408889634  # of e: a TPU raises two to a power, not e
 LANES = 128  # a number per row is kept once per lane of a register
 
 
@@ -37,16 +38,16 @@ def grow(s: Array, top: Any, total: Any) -> tuple[Array, Array]:
   """Takes another block of scores into a softmax (arXiv:1805.02867).
 
   Args:
-    s: float32 `[rows, n]`.
-    top: reference to the largest score of each row so far, `[rows, LANES]`.
-    total: reference to the sums of exp(score - top).
+    s: scores times log2(e), float32 `[rows, n]`.
+    top: reference to the largest of each row so far, `[rows, LANES]`.
+    total: reference to the sums of 2^(s - top).
 
   Returns:
-    exp(s - top), and what older sums have to be multiplied by.
+    2^(s - top), and what older sums have to be multiplied by.
   """
   new = jnp.maximum(top[...], jnp.max(s, axis=1, keepdims=True))
-  shrink = jnp.exp(top[...] - new)
-  weights = jnp.exp(s - spread(new, s.shape[1]))
+  shrink = jnp.exp2(top[...] - new)
+  weights = jnp.exp2(s - spread(new, s.shape[1]))
   total[...] = total[...] * shrink + jnp.sum(weights, axis=1, keepdims=True)
   top[...] = new
   return weights, shrink
