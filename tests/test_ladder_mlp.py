@@ -147,12 +147,17 @@ def fake(n=64, seed=0):
   return images.Images(x, y, x, y, "fake")
 
 
-def test_a_hundred_steps_equal_jax():
-  """One start, one order, two libraries: losses to 1e-5 in float32."""
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_hundred_steps_equal_jax(dtype):
+  """One start, one order, two libraries: losses to 1e-5, or 1e-10."""
   data = fake()
-  mine, _ = mlp_jax.curve(mlp_jax.hand_step, data, 100, 32, hidden=20)
-  judge, _ = mlp_jax.curve(mlp_jax.jax_step, data, 100, 32, hidden=20)
-  np.testing.assert_allclose(mine, judge, atol=1e-5)
+  with jax.enable_x64(dtype == np.float64):
+    mine, judge = (
+      mlp_jax.curve(step, data, 100, 32, hidden=20, dtype=dtype)[0]
+      for step in (mlp_jax.hand_step, mlp_jax.jax_step)
+    )
+  tolerance = 1e-5 if dtype == np.float32 else 1e-10
+  np.testing.assert_allclose(mine, judge, atol=tolerance)
   assert mine[-1] < 0.6 * mine[0]
 
 

@@ -45,7 +45,7 @@ class Recipe:
   batch: int = 128
   rate: float = 0.1
   beta: float = 0.9
-  decay: float = 1e-4
+  decay: float = 5e-4
   dropout: float = 0.0
 
 
@@ -167,8 +167,10 @@ def draw(out: Path, params: Params, data, curves: np.ndarray) -> None:
   left.set(xlabel="epoch", ylabel="test error, %", title="each seed")
   said = scores(params, data.x_test).argmax(1)
   wrong = np.flatnonzero(said != data.y_test)
-  middle.imshow(tiles(params[0].T[:36]), cmap="RdBu")
-  middle.set_title("what 36 hidden units look for")
+  units = params[0].T[np.argsort(-np.linalg.norm(params[0], axis=0))[:36]]
+  size = 0.7 * np.abs(units).max()
+  middle.imshow(tiles(units), cmap="RdBu", vmin=-size, vmax=size)
+  middle.set_title("what the 36 strongest units look for")
   right.imshow(tiles(data.x_test[wrong[:36]]), cmap="Greys")
   right.set_title(f"named wrongly: 36 of {len(wrong)}")
   for ax in (middle, right):

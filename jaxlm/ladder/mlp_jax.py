@@ -36,20 +36,26 @@ def jax_step(params: list, x: jax.Array, y: jax.Array, rate: float) -> tuple:
 def hand_step(params: list, x: np.ndarray, y: np.ndarray, rate: float) -> tuple:
   """The same by the walk of `mlp`."""
   value, slopes = mlp.gradients(params, x, y)
-  rate = np.float32(rate)
+  rate = params[0].dtype.type(rate)
   return value, [p - rate * g for p, g in zip(params, slopes, strict=True)]
 
 
 def curve(
-  step: Callable, data: images.Images, steps: int, batch: int, hidden: int = 800
+  step: Callable,
+  data: images.Images,
+  steps: int,
+  batch: int,
+  hidden: int = 800,
+  dtype: type = np.float32,
 ) -> tuple[np.ndarray, float]:
   """Losses [steps] from one start, and the median seconds of a step."""
-  params = mlp.start(np.random.default_rng(0), data.x.shape[1], hidden, 10)
-  seen, times = [], []
+  start = mlp.start(np.random.default_rng(0), data.x.shape[1], hidden, 10)
+  params, seen, times = [p.astype(dtype) for p in start], [], []
   for i in range(steps):
     rows = np.arange(i * batch, (i + 1) * batch) % len(data.x)
+    x, y = data.x[rows].astype(dtype), data.y[rows]
     begin = time.perf_counter()
-    value, params = step(params, data.x[rows], data.y[rows], 0.05)
+    value, params = step(params, x, y, 0.05)
     seen.append(float(value))  # waits for the device
     times.append(time.perf_counter() - begin)
   return np.array(seen), float(np.median(times))
@@ -65,13 +71,18 @@ def main(argv: list[str] | None = None) -> None:
     raise UserError("--steps must be at least 1")
   data, gaps = images.load(args.data), []
   page, (ax,) = rung.figure(1, size=(5, 3.6))
-  print("batch   by hand, ms   JAX, ms   largest difference of the losses")
+  print("largest difference of two losses; milliseconds of a step in float32")
+  print("batch   float64   float32   by hand     JAX")
   for batch in (32, 128, 512):
     mine, hand_time = curve(hand_step, data, args.steps, batch)
     judge, jax_time = curve(jax_step, data, args.steps, batch)
+    drift = np.abs(mine - judge).max()
+    mine, _ = curve(hand_step, data, args.steps, batch, dtype=np.float64)
+    with jax.enable_x64(True):
+      judge, _ = curve(jax_step, data, args.steps, batch, dtype=np.float64)
     gaps.append(np.abs(mine - judge).max())
-    times = f"{1e3 * hand_time:11.2f} {1e3 * jax_time:9.2f}"
-    print(f"{batch:5d} {times}   {gaps[-1]:.0e}")
+    times = f"{1e3 * hand_time:7.2f} {1e3 * jax_time:7.2f}"
+    print(f"{batch:5d}   {gaps[-1]:7.0e}   {drift:7.0e}   {times}")
     (line,) = ax.semilogy(mine, linewidth=4, alpha=0.3)
     color = line.get_color()
     ax.semilogy(judge, linewidth=1, color=color, label=f"batch {batch}")
