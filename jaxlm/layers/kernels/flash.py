@@ -62,6 +62,7 @@ class Tiles:
 
 
 TILES = Tiles()
+WORDS = 200_000  # steps that fit a TPU's scalar memory (1 MiB)
 
 
 def flash_attention(
@@ -104,22 +105,38 @@ def flash_attention(
     raise UserError(
       f"{n} query heads do not share {groups} key heads evenly; give a multiple"
     )
-  queries = tiles.queries(t, n // groups)
   data = _data(mask, at, keys, b, t, s)
-  setting = Setting(
-    mask=mask,
-    queries=queries,
-    rows=tiles.up(queries * (n // groups)),
-    keys=min(tiles.keys, tiles.up(s)),
-    length=s,
-    scale=scale,
-    softcap=softcap,
-    fields=tuple(sorted(data)),
-    sinks=sinks is not None,
-    slopes=slopes is not None,
-  )
-  plan = plan_steps(setting, data, t)
-  return _attention(setting, plan, data, q, k, v, sinks, slopes)
+
+  def setting(tiles: Tiles) -> Setting:
+    queries = tiles.queries(t, n // groups)
+    return Setting(
+      mask=mask,
+      queries=queries,
+      rows=tiles.up(queries * (n // groups)),
+      keys=min(tiles.keys, tiles.up(s)),
+      length=s,
+      scale=scale,
+      softcap=softcap,
+      fields=tuple(sorted(data)),
+      sinks=sinks is not None,
+      slopes=slopes is not None,
+    )
+
+  fixed = setting(tiles)
+  if _words(fixed, data, b, t) > WORDS:
+    fixed = setting(Tiles(2 * tiles.rows, 2 * tiles.keys, tiles.lanes))
+    if _words(fixed, data, b, t) > WORDS:
+      raise UserError(
+        f"{t} queries and {s} keys in {b} rows have too many blocks for flash "
+        "attention; give it fewer rows, or attention='reference'"
+      )
+  plan = plan_steps(fixed, data, t)
+  return _attention(fixed, plan, data, q, k, v, sinks, slopes)
+
+
+def _words(setting: Setting, data: dict, b: int, t: int) -> int:
+  """How long the lists of steps are; a core keeps them beside its registers."""
+  return int(_possible(setting, data, t).sum()) * (b if data else 1)
 
 
 # --- What comes with the data -----------------------------------------------
@@ -151,11 +168,7 @@ def plan_steps(setting: Setting, data: dict, t: int) -> tuple[Steps, Steps]:
     t: how many queries.
   """
   q, k = (t, setting.queries), (setting.length, setting.keys)
-  possible = np.ones([-(-n // size) for n, size in (q, k)], bool)
-  if "positions" not in data and "blocks" not in data:
-    possible = visits.meets(
-      setting.mask, _each(visits.ranges(*q), 1), _each(visits.ranges(*k), 0)
-    )
+  possible = _possible(setting, data, t)
   if not data:
     return Steps(visits.listed(possible)), Steps(visits.listed(possible.T))
   seen = _seen(setting, data, possible, q, k)
@@ -163,6 +176,16 @@ def plan_steps(setting: Setting, data: dict, t: int) -> tuple[Steps, Steps]:
   return (
     Steps(*visits.sorted_steps(seen, possible)),
     Steps(*visits.sorted_steps(turned, possible.T)),
+  )
+
+
+def _possible(setting: Setting, data: dict, t: int) -> np.ndarray:
+  """Which blocks may meet, as far as the trace knows."""
+  q, k = (t, setting.queries), (setting.length, setting.keys)
+  if "positions" in data or "blocks" in data:
+    return np.ones([-(-n // size) for n, size in (q, k)], bool)
+  return visits.meets(
+    setting.mask, _each(visits.ranges(*q), 1), _each(visits.ranges(*k), 0)
   )
 
 
