@@ -13,13 +13,13 @@ share it, and a single query of many heads still fills a matrix.
 import functools
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.errors import UserError
+from jaxlm.layers.at import At
 from jaxlm.layers.kernels import visits
 from jaxlm.layers.kernels.flash_backward import backward
 from jaxlm.layers.kernels.flash_forward import (
@@ -30,9 +30,6 @@ from jaxlm.layers.kernels.flash_forward import (
 )
 from jaxlm.layers.kernels.tpu import LOG2E, on_device, padded
 from jaxlm.layers.mask import Mask, PrefixLM
-
-if TYPE_CHECKING:  # `attend` imports this file
-  from jaxlm.layers.attend import At
 
 Array = jax.Array
 
@@ -70,8 +67,8 @@ def flash_attention(
   k: Array,
   v: Array,
   mask: Mask,
-  at: "At",
-  keys: "At",
+  at: At,
+  keys: At,
   *,
   scale: float,
   softcap: float | None = None,
@@ -142,7 +139,7 @@ def _words(setting: Setting, data: dict, b: int, t: int) -> int:
 # --- What comes with the data -----------------------------------------------
 
 
-def _data(mask: Mask, at: "At", keys: "At", b: int, t: int, s: int) -> dict:
+def _data(mask: Mask, at: At, keys: At, b: int, t: int, s: int) -> dict:
   """What of the sight comes with the data: name -> int32 ([b, t], [b, s])."""
 
   def full(x: Array | None, n: int) -> Array:
