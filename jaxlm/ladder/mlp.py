@@ -139,15 +139,16 @@ def main(argv: list[str] | None = None) -> None:
   flags.add_argument("--data", type=Path, help="an .npz, or a folder of idx")
   flags.add_argument("--seeds", type=int, default=3, help="networks to train")
   flags.add_argument("--epochs", type=int, help="visits of every image")
-  flags.add_argument("--dropout", type=float, nargs="?", const=0.5, default=0.0)
+  flags.add_argument("--dropout", type=float, nargs="?", const=0.3, default=0.0)
   args = flags.parse_args(argv)
   if args.seeds < 1 or not 0 <= args.dropout < 1 or (args.epochs or 1) < 1:
     raise UserError(
       "--seeds and --epochs must be at least 1, --dropout within 0 and 1"
     )
   data = images.load(args.data)
-  epochs = 10 if len(data.x) > 10_000 else 40
-  epochs = args.epochs or epochs * (2 if args.dropout else 1)
+  epochs = args.epochs or (22 if args.dropout else 10)
+  if args.epochs is None and len(data.x) < 10_000:
+    epochs = 40  # a small set needs as many steps
   recipe = Recipe(epochs=epochs, dropout=args.dropout)
   print(f"{data.name}: {len(data.x)} to train, {len(data.x_test)} to test")
   begin, curves = time.perf_counter(), []
