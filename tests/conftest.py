@@ -4,8 +4,10 @@ The order matters: JAX reads XLA_FLAGS when its backend starts, so they are set
 before the first import of JAX in the process.
 """
 
+import gc
 import os
 import sys
+from pathlib import Path
 
 DEVICES = 8
 
@@ -65,6 +67,21 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
   lines = [f"{number}. {TEXT}" for number in range(50)]
   path.write_text("\n".join(lines), encoding="utf-8")
   return str(path)
+
+
+MAPPED = Path("/proc/self/maps")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def room_for_programs():
+  """Forgets compiled programs before they fill the process's address map.
+
+  Each keeps a few mappings, Linux allows 65,530, and one more is a crash.
+  """
+  yield
+  if MAPPED.exists() and len(MAPPED.read_bytes().splitlines()) > 20_000:
+    jax.clear_caches()
+    gc.collect()
 
 
 def pytest_make_parametrize_id(val):

@@ -339,7 +339,7 @@ def parse_method(
   """The method that a text names, with its numbers.
 
   >>> parse_method("greedy", None, Sample())
-  Draw(sampler=Greedy(filters=()))
+  Draw(sampler=Greedy(filters=()), cache=Full())
 
   Raises:
     UserError: for an unknown name, or numbers that make no sense.

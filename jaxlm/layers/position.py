@@ -188,7 +188,8 @@ class Learned:
     """Rejects known positions the table lacks; jit would clip them."""
     if isinstance(positions, jax.core.Tracer) or active_mesh() is not None:
       return
-    last = np.max(positions, initial=-1)
+    known = np.asarray(positions)  # jnp would trace this in a jit of others
+    last = np.max(known, initial=-1)
     if last >= self.length:
       raise UserError(
         f"position {last} is beyond the {self.length} positions this model "
