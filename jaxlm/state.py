@@ -145,7 +145,7 @@ def _gradients(
     grads, metrics = micro(jnp.int32(0), part)
     metrics = dict(metrics)
   else:
-    grads, metrics = _accumulate(micro, batch, accumulate)
+    grads, metrics = _accumulate(micro, batch, accumulate, state.params)
   if state.scale is not None:
     grads = jax.tree.map(lambda g: g / scale, grads)
     metrics["loss_scale"] = scale
@@ -153,9 +153,12 @@ def _gradients(
 
 
 def _accumulate(
-  micro: Callable, batch: Tree, n: int
+  micro: Callable, batch: Tree, n: int, params: Tree
 ) -> tuple[Tree, dict[str, Any]]:
-  """Weighted mean of gradients and metrics over `n` microbatches."""
+  """Weighted mean of gradients and metrics over `n` microbatches.
+
+  Gradients lie as `params` do, and so must what they are summed in.
+  """
 
   def add(total: Tree, part: tuple) -> tuple[Tree, dict]:
     grads, metrics = micro(*part)
@@ -164,9 +167,7 @@ def _accumulate(
     return total, dict(metrics)
 
   numbers = jnp.arange(n, dtype=jnp.int32)
-  first = jax.tree.map(lambda x: x[0], batch)
-  shapes, _ = jax.eval_shape(micro, numbers[0], first)
-  zeros = jax.tree.map(lambda g: jnp.zeros(g.shape, g.dtype), shapes)
+  zeros = jax.tree.map(jnp.zeros_like, params)
   grads, parts = jax.lax.scan(add, zeros, (numbers, batch))
 
   weights = parts.pop("weight")
