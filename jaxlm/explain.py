@@ -7,6 +7,7 @@ from ml_collections import FrozenConfigDict
 
 from jaxlm import data, keys, recipe
 from jaxlm.layers import param
+from jaxlm.layers.attend import choose
 from jaxlm.models.decoder import Decoder
 from jaxlm.speed import short
 
@@ -83,6 +84,7 @@ def _model(config: FrozenConfigDict, model: Decoder) -> list[Row]:
     ("depth", f"{model.depth}", "blocks"),
     ("width", f"{model.dim}", "model.dim"),
     ("longest sequence", f"{model.max_positions:,}", "seq_len unless set"),
+    ("attention", *choose(recipe.compute(config))),
   ]
 
 

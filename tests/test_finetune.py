@@ -155,8 +155,10 @@ def test_explain_says_where_it_comes_from(text, published):
   asked = program.load(
     [*flags, "--config.seq_len=16"], program.parser("A test.")
   )
-  found = re.search(r"continued from +(\S+)", explain.explain(asked.config))
+  told = explain.explain(asked.config)
+  found = re.search(r"continued from +(\S+)", told)
   assert found[1] == str(published)
+  assert re.search(r"attention +blocks +plain XLA, on cpu", told)
 
 
 @pytest.mark.parametrize(
