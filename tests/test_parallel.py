@@ -22,7 +22,7 @@ from jaxlm.models.decoder import Decoder, forward
 from jaxlm.models.families import gpt2, llama, modern, qwen3
 from jaxlm.objectives import next_token
 from jaxlm.parallel.mesh import make_mesh, parse_sizes
-from jaxlm.parallel.rules import PRESETS, Rules, preset
+from jaxlm.parallel.rules import MESH_AXES, PRESETS, Rules, preset
 from jaxlm.state import create, make_step
 
 # Heads that eight devices divide, kv heads that they do not, an odd vocabulary.
@@ -164,7 +164,7 @@ def test_a_mesh_of_one_device_is_a_mesh(rule: str):
   """The same code on a laptop: every preset fits one device."""
   rules = preset(rule)
   mesh = make_mesh(rules, devices=jax.devices()[:1])
-  assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+  assert dict(mesh.shape) == dict.fromkeys(MESH_AXES, 1)
   model = MODELS["llama"]
   params = random_params(model)
   tokens = jnp.asarray(batches()["inputs"][0, 0])
@@ -326,7 +326,8 @@ def test_sizes_are_read():
 def test_minus_one_takes_what_is_left():
   """And a preset's default shrinks on a smaller machine."""
   mesh = make_mesh(preset("fsdp_tp"), "fsdp:-1,tensor:2")
-  assert dict(mesh.shape) == {"data": 1, "fsdp": 4, "tensor": 2}
+  ones = dict.fromkeys(MESH_AXES, 1)
+  assert dict(mesh.shape) == ones | {"fsdp": 4, "tensor": 2}
   mesh = make_mesh(preset("fsdp_tp"), devices=jax.devices()[:1])
   assert mesh.size == 1
 

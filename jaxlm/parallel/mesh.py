@@ -39,7 +39,7 @@ def parse_sizes(text: str) -> dict[str, int]:
 def make_mesh(
   rules: Rules, sizes: str = "", devices: list[jax.Device] | None = None
 ) -> Mesh:
-  """A mesh over `devices` (default: all) with the axes data, fsdp, tensor.
+  """A mesh over `devices` (default: all) with all of `MESH_AXES`.
 
   Args:
     rules: gives the default size of each axis.
@@ -64,10 +64,10 @@ def make_mesh(
     # A preset's default group is wider than this machine: shrink it to fit.
     wanted = dict.fromkeys(MESH_AXES, 1) | {free[0]: len(devices)}
   if math.prod(wanted.values()) != len(devices):
-    shape = " x ".join(f"{k}:{v}" for k, v in wanted.items())
+    shape = " x ".join(f"{k}:{v}" for k, v in wanted.items() if v != 1)
     needs = f"a multiple of {fixed}" if -1 in wanted.values() else fixed
     raise UserError(
-      f"a mesh of {shape} needs {needs} devices and there are "
+      f"a mesh of {shape or 'ones'} needs {needs} devices and there are "
       f"{len(devices)}; set parallel.mesh to sizes that multiply to "
       f"{len(devices)}, or one of them to -1 to fill in"
     )
