@@ -18,11 +18,14 @@ PACKAGE = Path(__file__).parent.parent / "jaxlm"
 # the leaves up; a part that is not here has no place yet, and is a violation.
 _NAMES = "parallel.rules parallel.mesh"
 _LEAVES = (
-  "arrays checkpoint config data files interrupt keys metrics speed values "
-  "parallel.distributed"
+  "arrays checkpoint config data files interrupt keys metrics speed tasks "
+  "values parallel.distributed"
 )
 _MODELS = f"{_NAMES} layers models"
-_MIDDLE = "losses objectives optim state generate interop quant workdir"
+_MIDDLE = (
+  "losses objectives optim state generate interop preference_losses quant "
+  "workdir"
+)
 _UPPER = "evaluate explain recipe rl"
 _PROGRAMS = "host program convert train serve generate.__main__"
 
@@ -33,6 +36,7 @@ MAY: dict[str, str] = {
   "speed": "",
   "values": "",
   "data": "",
+  "tasks": "files",
   "keys": "",
   "config": "keys",
   "arrays": "files",
