@@ -80,3 +80,67 @@ def weighted_mean(x: Array, weights: Array | None) -> tuple[Array, Array]:
   weights = weights.astype(x.dtype)
   total = jnp.sum(weights)
   return jnp.sum(x * weights) / jnp.maximum(total, 1.0), total
+
+
+# --- Distillation -----------------------------------------------------------
+#
+# How far a student is from its teacher at each position. A temperature divides
+# both logits beforehand; the soft targets of arXiv:1503.02531 are `forward_kl`
+# at one above 1, times its square.
+
+
+def forward_kl(teacher: Array, student: Array) -> Array:
+  """KL(teacher | student) = sum_v p_t (log p_t - log p_s).
+
+  The student must cover all that the teacher may say.
+
+  Args:
+    teacher: logits `[..., vocab]`.
+    student: logits of the same shape.
+
+  Returns:
+    `[...]`, in nats.
+  """
+  chex.assert_equal_shape([teacher, student])
+  log_p, log_q = jax.nn.log_softmax(teacher), jax.nn.log_softmax(student)
+  return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+
+
+def reverse_kl(teacher: Array, student: Array) -> Array:
+  """KL(student | teacher): the student may not say what the teacher would not.
+
+  It chooses one mode rather than to blur all (MiniLLM, arXiv:2306.08543).
+
+  Args:
+    teacher: logits `[..., vocab]`.
+    student: logits of the same shape.
+
+  Returns:
+    `[...]`, in nats.
+  """
+  return forward_kl(student, teacher)
+
+
+def jensen_shannon(teacher: Array, student: Array, beta: float = 0.5) -> Array:
+  """The mean of both to a mixture, M = b p_t + (1 - b) p_s.
+
+    b KL(teacher | M) + (1 - b) KL(student | M)
+
+  The generalised form of arXiv:2306.13649, equation 1. At 1/2 it is symmetric
+  and never above log 2; divided by b, it goes to `forward_kl` as b goes to 0,
+  and divided by 1 - b to `reverse_kl` as b goes to 1.
+
+  Args:
+    teacher: logits `[..., vocab]`.
+    student: logits of the same shape.
+    beta: b, above 0 and below 1.
+
+  Returns:
+    `[...]`, in nats.
+  """
+  chex.assert_equal_shape([teacher, student])
+  log_p, log_q = jax.nn.log_softmax(teacher), jax.nn.log_softmax(student)
+  log_m = jnp.logaddexp(log_p + jnp.log(beta), log_q + jnp.log1p(-beta))
+  kl_p = jnp.sum(jnp.exp(log_p) * (log_p - log_m), axis=-1)
+  kl_q = jnp.sum(jnp.exp(log_q) * (log_q - log_m), axis=-1)
+  return beta * kl_p + (1 - beta) * kl_q
