@@ -1,7 +1,8 @@
 """Rule tables: which logical axis lies along which mesh axis.
 
 A model names its dimensions ('embed', 'heads', 'batch', ...); a mesh names its
-own ('data', 'fsdp', 'tensor', ...); a `Rules` value joins them, three times over:
+own ('data', 'fsdp', 'tensor', ...); a `Rules` value joins them, three times
+over:
 
 - `stored`: parameters (and their optimizer state) at rest,
 - `computed`: parameters while a layer uses them,
