@@ -4,33 +4,42 @@ The programs and `--explain` build a run from these functions, so that what is
 explained is what is run.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding
 from ml_collections import FrozenConfigDict
 
 from jaxlm import keys
 from jaxlm.errors import UserError
 from jaxlm.interop.load import has_tokenizer, load_model, load_tokenizer
+from jaxlm.layers import param
 from jaxlm.layers.compute import Compute
 from jaxlm.models.build import build, check
 from jaxlm.models.decoder import Decoder
+from jaxlm.objectives import next_token
 from jaxlm.optim import Muon, Optimizer, Schedule, make, make_schedule
 from jaxlm.optim.guards import skip_spikes
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.parallel.rules import Rules, preset
+from jaxlm.state import LossFn, TrainState, create, make_step
 
 __all__ = [
+  "batch_place",
   "compute",
   "data_arguments",
   "eval_rows",
+  "fresh_state",
   "mesh",
   "model",
+  "objective",
   "optimizer",
   "origin",
   "rules",
   "schedule",
+  "step",
 ]
 
 Config = FrozenConfigDict
@@ -107,13 +116,19 @@ def rules(config: Config) -> Rules:
   return preset(config.parallel.preset)
 
 
-def mesh(config: Config) -> jax.sharding.Mesh:
+def mesh(
+  config: Config, devices: list[jax.Device] | None = None
+) -> jax.sharding.Mesh:
   """All devices, arranged as `parallel` says; checks that a batch divides.
+
+  Args:
+    config: says how.
+    devices: what to arrange; None means those of all processes.
 
   Raises:
     UserError: for a mesh that does not fit, or a batch that does not divide.
   """
-  made = make_mesh(rules(config), config.parallel.mesh)
+  made = make_mesh(rules(config), config.parallel.mesh, devices)
   rows, parts = config.batch_size, config.accumulate
   ways = made.shape["data"] * made.shape["fsdp"]
   if rows % (parts * ways):
@@ -177,3 +192,52 @@ def optimizer(config: Config, tree: Any, lr: Schedule) -> Any:
     ),
   )
   return skip_spikes(tx, config.spike_skip) if config.spike_skip else tx
+
+
+def objective(config: Config, model: Decoder) -> LossFn:
+  """What a step minimises, `(params, batch, key, compute) -> loss, metrics`.
+
+  `compute` is optional, and the config's unless given.
+  """
+  how, chunk = compute(config), config.loss_chunk
+
+  def loss_fn(params: Any, batch: Any, key: Any, compute: Compute = how) -> Any:
+    return next_token(model, params, batch, key, compute, chunk=chunk)
+
+  return loss_fn
+
+
+def step(config: Config, model: Decoder, tx: Any, steps: int = 1) -> Callable:
+  """The compiled training step of `jaxlm.state.make_step`."""
+  return make_step(
+    objective(config, model),
+    tx,
+    seed=config.seed,
+    accumulate=config.accumulate,
+    steps=steps,
+    ema_decay=config.ema,
+  )
+
+
+def fresh_state(
+  config: Config, model: Decoder, tx: Any, mesh: jax.sharding.Mesh
+) -> TrainState:
+  """The state of step 0, every array made where it will stay."""
+  tree = model.params()
+  places = param.shardings(tree, mesh, rules(config))
+
+  @jax.jit
+  def fresh() -> TrainState:
+    params = param.init(tree, jax.random.key(config.seed))
+    params = jax.tree.map(jax.sharding.reshard, params, places)
+    return create(params, tx, config.ema > 0, config.precision == "float16")
+
+  return fresh()
+
+
+def batch_place(
+  rules: Rules, shape: tuple[int, ...], mesh: jax.sharding.Mesh
+) -> NamedSharding:
+  """Where a leaf `[steps, accumulate, rows, ...]` of a batch lies."""
+  spec = rules.activation_spec((None, None, "batch", None), shape, mesh)
+  return NamedSharding(mesh, spec)

@@ -23,7 +23,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
 from ml_collections import FrozenConfigDict
 
 from jaxlm import data, metrics, program, recipe, speed, values
@@ -38,11 +37,10 @@ from jaxlm.interop.load import load
 from jaxlm.interrupt import Interrupt
 from jaxlm.layers import param
 from jaxlm.metrics import Log
-from jaxlm.objectives import next_token
 from jaxlm.parallel import distributed
 from jaxlm.parallel.mesh import process_rows
 from jaxlm.parallel.rules import Rules
-from jaxlm.state import TrainState, create, make_step
+from jaxlm.state import TrainState, create
 
 Tree = Any
 STARTED = time.perf_counter()
@@ -138,7 +136,7 @@ def _train(
     )
   )
   begun = distributed.from_first(checkpoints.latest()) is not None
-  start = _fresh_state if origin is None or begun else _loaded_state
+  start = recipe.fresh_state if origin is None or begun else _loaded_state
   state = start(config, model, tx, mesh)
   if begun:
     state = checkpoints.restore(_places(state)).state
@@ -146,20 +144,11 @@ def _train(
   first = step = int(state.step)
 
   # --- Step -------------------------------------------------------------------
-  def objective(params: Tree, batch: Tree, key: Any, compute=compute) -> Tree:
-    chunk = config.loss_chunk
-    return next_token(model, params, batch, key, compute, chunk=chunk)
+  objective = recipe.objective(config, model)
 
   @functools.cache
   def step_fn(steps: int) -> Callable:
-    return make_step(
-      objective,
-      tx,
-      seed=config.seed,
-      accumulate=config.accumulate,
-      steps=steps,
-      ema_decay=config.ema,
-    )
+    return recipe.step(config, model, tx, steps)
 
   @jax.jit
   def eval_fn(params: Tree, batch: Tree) -> dict[str, jax.Array]:
@@ -334,21 +323,6 @@ def _origin(config: FrozenConfigDict, workdir: Path) -> Path | None:
   return None if origin is None else Path(origin)
 
 
-def _fresh_state(config: FrozenConfigDict, model, tx, mesh) -> TrainState:
-  """The state of step 0, every array made where it will stay."""
-  tree, rules = model.params(), recipe.rules(config)
-
-  @jax.jit
-  def fresh() -> TrainState:
-    params = param.init(tree, jax.random.key(config.seed))
-    params = jax.tree.map(
-      jax.sharding.reshard, params, param.shardings(tree, mesh, rules)
-    )
-    return create(params, tx, config.ema > 0, config.precision == "float16")
-
-  return fresh()
-
-
 def _loaded_state(config: FrozenConfigDict, model, tx, mesh) -> TrainState:
   """The state of step 0 around the parameters at `model.path`."""
   path, rules = recipe.origin(config), recipe.rules(config)
@@ -389,8 +363,7 @@ def _put(
     x = np.stack(parts)
     x = x.reshape(len(parts), part[0], -1, *x.shape[2:])
     shape = (len(parts), *part, *x.shape[3:])
-    spec = rules.activation_spec((None, None, "batch", None), shape, mesh)
-    place = NamedSharding(mesh, spec)
+    place = recipe.batch_place(rules, shape, mesh)
     return jax.make_array_from_process_local_data(place, x, shape)
 
   return jax.tree.map(join, *batches)
