@@ -16,7 +16,7 @@ from flax import struct
 
 Array = jax.Array
 
-PARTS = 32  # into which the inputs are cut, at most
+PARTS = 8  # into which the inputs are cut, at most
 LANES = 16  # numbers of a vector
 
 
