@@ -2,34 +2,16 @@
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from jaxlm.errors import UserError
-from jaxlm.tasks import arithmetic, edits, formats, stories
+from jaxlm.tasks import gym, rows
+from jaxlm.tasks.skills import GROUPS, SKILLS
 from jaxlm.tasks.task import Generated, Mix, Task
 
-SKILLS: dict[str, Callable[..., Any]] = {
-  "add": arithmetic.Add,
-  "subtract": arithmetic.Subtract,
-  "multiply": arithmetic.Multiply,
-  "copy": edits.Copy,
-  "reverse": edits.Reverse,
-  "sort": edits.Sort,
-  "count": edits.Count,
-  "story": stories.Story,
-  "recall": stories.Recall,
-  "upper": formats.Upper,
-  "list": formats.Bullets,
-  "json": formats.Json,
-}
-
-GROUPS: dict[str, tuple[str, ...]] = {
-  "arithmetic": ("add", "subtract", "multiply"),
-  "edits": ("copy", "reverse", "sort", "count"),
-  "format": ("upper", "list", "json"),
-  "mix": tuple(SKILLS),
-}
+GYM = "gym:"
 
 
 def make(name: str, **options: Any) -> Task:
@@ -41,8 +23,9 @@ def make(name: str, **options: Any) -> Task:
   'add,copy'
 
   Args:
-    name: a skill, a group ('arithmetic', 'edits', 'format', 'mix' for all), or
-      several with commas between them.
+    name: a skill, a group ('arithmetic', 'edits', 'format', 'mix' for all), a
+      file of examples (as `rows.read` reads them), 'gym:' and a generator of
+      reasoning-gym, or several of these with commas between them.
     options: `levels`, a number or several (also as text, '1-3' or '1,3');
       `digits`, the same by the name it has in arithmetic; `worked`, whether
       responses show their steps. What some tasks of a mix do not take, the
@@ -52,14 +35,13 @@ def make(name: str, **options: Any) -> Task:
     UserError: for a name, an option or a level that there is not.
   """
   parts = [p.strip() for p in str(name).split(",")]
-  wanted = [s for part in parts for s in GROUPS.get(part, (part,))]
-  wanted = list(dict.fromkeys(wanted))
-  for part in wanted:
-    if part not in SKILLS:
-      raise UserError(_unknown(part))
+  wanted = list(dict.fromkeys(s for p in parts for s in GROUPS.get(p, (p,))))
+  if len(wanted) == 1 and wanted[0].startswith(GYM):
+    return gym.make(wanted[0].removeprefix(GYM), **options)
   levels = _levels(options)
-  made = [_generated(skill, levels, options) for skill in wanted]
-  taken = {f.name for t in made for f in dataclasses.fields(t.skill)}
+  made = [_one(part, levels, options) for part in wanted]
+  skills = [task.skill for task in made if isinstance(task, Generated)]
+  taken = {f.name for skill in skills for f in dataclasses.fields(skill)}
   for option in options:
     if option not in taken:
       raise UserError(
@@ -67,6 +49,25 @@ def make(name: str, **options: Any) -> Task:
         f"{', '.join(['levels', *sorted(taken)])}"
       )
   return made[0] if len(made) == 1 else Mix(tuple(made))
+
+
+def _one(
+  name: str, levels: tuple[int, ...] | None, options: dict[str, Any]
+) -> Task:
+  """The task of a name without commas."""
+  if name in SKILLS:
+    return _generated(name, levels, options)
+  if name.startswith(GYM):
+    return gym.make(name.removeprefix(GYM))
+  if any(kind in Path(name).suffixes for kind in rows.KINDS):
+    return rows.read(name)
+  known = [*SKILLS, *GROUPS]
+  near = difflib.get_close_matches(name, known, 1)
+  hint = f"; did you mean {near[0]!r}?" if near else "."
+  raise UserError(
+    f"unknown task {name!r}{hint} There are {', '.join(known)}, files "
+    "(.jsonl, .parquet) and gym:GENERATOR"
+  )
 
 
 def _generated(
@@ -111,10 +112,3 @@ def _numbers(given: int | str | Sequence[int]) -> tuple[int, ...]:
   if any(int(n) != n for n in many):
     raise ValueError("not whole")
   return tuple(int(n) for n in many)
-
-
-def _unknown(name: str) -> str:
-  known = [*SKILLS, *GROUPS]
-  near = difflib.get_close_matches(name, known, 1)
-  hint = f"; did you mean {near[0]!r}?" if near else "."
-  return f"unknown task {name!r}{hint} There are {', '.join(known)}"

@@ -53,6 +53,10 @@ class Task(Protocol):
   def levels(self) -> tuple[int, ...]:
     """The difficulties that occur."""
 
+  @property
+  def skills(self) -> tuple[str, ...]:
+    """The skills that occur."""
+
   def example(self, seed: int, index: int) -> Example:
     """Example number `index` of a seed, always the same one."""
 
@@ -193,6 +197,11 @@ class Generated:
   levels: tuple[int, ...]
   skill: Skill
 
+  @property
+  def skills(self) -> tuple[str, ...]:
+    """One: its name."""
+    return (self.name,)
+
   def example(self, seed: int, index: int) -> Example:
     """As `Task.example`."""
     draw = Draw(self.name, seed, index)
@@ -230,6 +239,11 @@ class Mix:
     """Those of all its tasks."""
     return tuple(sorted({n for task in self.tasks for n in task.levels}))
 
+  @property
+  def skills(self) -> tuple[str, ...]:
+    """Those of all its tasks."""
+    return tuple(skill for task in self.tasks for skill in task.skills)
+
   def example(self, seed: int, index: int) -> Example:
     """As `Task.example`."""
     task = Draw("mix", seed, index).choice(self.tasks)
@@ -237,7 +251,7 @@ class Mix:
 
   def score(self, example: Example, response: str) -> float:
     """As `Task.score`, by the task that the example is of."""
-    task = next(t for t in self.tasks if t.name == example.skill)
+    task = next(t for t in self.tasks if example.skill in t.skills)
     return task.score(example, response)
 
 

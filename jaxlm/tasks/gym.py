@@ -1,0 +1,117 @@
+"""The generators of `reasoning-gym` as tasks: 'gym:chain_sum' and its kind.
+
+    task = make("gym:chain_sum", max_terms=2, max_digits=2)
+
+More than a hundred generators with scorers of their own; each option of one is
+an option of its task.
+"""
+
+import functools
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from jaxlm.errors import UserError
+from jaxlm.tasks.task import Example
+
+_SIZE = 2**31 - 1  # as many numbers as an index can be
+_OTHERS = 20  # entries whose answers are tried as wrong ones
+
+
+@dataclass(frozen=True)
+class Gym:
+  """One generator.
+
+  `Example.answer` is JSON: the answer, and seed and index of the entry, from
+  which the scorer makes it again.
+
+  Attributes:
+    generator: its name in reasoning-gym.
+    options: its options, as pairs.
+  """
+
+  generator: str
+  options: tuple[tuple[str, Any], ...] = ()
+
+  @property
+  def name(self) -> str:
+    """The generator's name, with a prefix."""
+    return f"gym:{self.generator}"
+
+  @property
+  def skills(self) -> tuple[str, ...]:
+    """One: its name."""
+    return (self.name,)
+
+  @property
+  def levels(self) -> tuple[int, ...]:
+    """One: options make a generator harder."""
+    return (1,)
+
+  def example(self, seed: int, index: int) -> Example:
+    """As `Task.example`; `rejected` is the answer to a later question."""
+    entries = _entries(self.generator, self.options, seed)
+    entry = entries[index % _SIZE]
+    others = (entries[(index + i) % _SIZE] for i in range(1, _OTHERS))
+    answers = (str(other["answer"]) for other in others)
+    wrong = (a for a in answers if _score(entries, entry, a) < 1)
+    answer = str(entry["answer"])
+    said = {"answer": answer, "seed": seed, "index": index}
+    return Example(
+      prompt=entry["question"],
+      response=answer,
+      rejected=next(wrong, f"{answer}?"),
+      answer=json.dumps(said),
+      skill=self.name,
+      level=1,
+    )
+
+  def score(self, example: Example, response: str) -> float:
+    """As `Task.score`, by the generator's own scorer."""
+    said = json.loads(example.answer)
+    entries = _entries(self.generator, self.options, said["seed"])
+    return _score(entries, entries[said["index"] % _SIZE], response)
+
+
+def make(generator: str, **options: Any) -> Gym:
+  """A generator with its options.
+
+  Raises:
+    UserError: if reasoning-gym is not installed, or has no such generator or
+      option.
+  """
+  made = Gym(generator, tuple(sorted(options.items())))
+  _entries(made.generator, made.options, 0)
+  return made
+
+
+@functools.lru_cache(maxsize=32)
+def _entries(generator: str, options: tuple, seed: int) -> Any:
+  """All entries of a seed, made as they are asked for."""
+  try:
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+  except ImportError as error:
+    raise UserError(
+      f"gym:{generator} needs reasoning-gym: pip install 'jaxlm[reasoning-gym]'"
+    ) from error
+  if generator not in DATASETS:
+    raise UserError(
+      f"reasoning-gym has no generator {generator!r}; it has "
+      f"{', '.join(sorted(DATASETS))}"
+    )
+  try:
+    return reasoning_gym.create_dataset(
+      generator, seed=seed, size=_SIZE, **dict(options)
+    )
+  except (TypeError, ValueError, AssertionError) as error:
+    raise UserError(f"gym:{generator}: {error}") from error
+
+
+def _score(entries: Any, entry: dict[str, Any], response: str) -> float:
+  """What the generator says of a response; what it chokes on is wrong."""
+  try:
+    score = float(entries.score_answer(answer=response.strip(), entry=entry))
+  except Exception:  # each generator parses in its own way
+    return 0.0
+  return min(max(score, 0.0), 1.0)
