@@ -40,7 +40,7 @@ Config = ConfigDict | FrozenConfigDict
 def default_config() -> ConfigDict:
   """Every key at its default, for a config file to change."""
   # Types are checked later, all in one place and with one kind of message.
-  return ConfigDict(keys.nest(keys.defaults()), type_safe=False)
+  return ConfigDict(keys.sections(keys.defaults()), type_safe=False)
 
 
 def freeze(flat: dict[str, Any]) -> FrozenConfigDict:
@@ -49,7 +49,7 @@ def freeze(flat: dict[str, Any]) -> FrozenConfigDict:
   Raises:
     UserError: for an unknown key, or a value that does not fit.
   """
-  return FrozenConfigDict(keys.nest(keys.checked(flat)))
+  return FrozenConfigDict(keys.sections(keys.checked(flat)))
 
 
 # --- Config files -----------------------------------------------------------

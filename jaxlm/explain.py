@@ -5,10 +5,11 @@ import math
 import jax
 from ml_collections import FrozenConfigDict
 
-from jaxlm import data, keys, recipe
+from jaxlm import keys, recipe
 from jaxlm.layers import param
 from jaxlm.layers.attend import choose
 from jaxlm.models.decoder import Decoder
+from jaxlm.objectives.objective import Corpus
 from jaxlm.speed import short
 
 Row = tuple[str, str, str]
@@ -21,18 +22,19 @@ def explain(config: FrozenConfigDict) -> str:
   declared, but no array of it is made and nothing is run.
   """
   origin = recipe.origin(config)
-  corpus = data.prepare(**recipe.data_arguments(config, origin))
+  objective = recipe.objective(config)
+  corpus = objective.data.read(**recipe.data_arguments(config, origin))
   model = recipe.model(config, corpus.tokenizer.vocab_size, origin)
   sections = [
     ("keys", _keys(config)),
     ("data", _data(config, corpus)),
     ("model", _model(config, model)),
     ("work", _work(config, corpus, model)),
-    ("memory", _memory(config, model)),
+    ("memory", _memory(config, model, objective.trained.params(model))),
     ("learning rates", _rates(config, model)),
   ]
   parts = [f"{title}\n{_table(rows)}" for title, rows in sections]
-  shapes = param.describe(model.params())
+  shapes = param.describe(objective.trained.params(model))
   return "\n\n".join([*parts, "parameters\n" + _indent(shapes)])
 
 
@@ -48,7 +50,7 @@ def _keys(config: FrozenConfigDict) -> list[Row]:
   return rows
 
 
-def _data(config: FrozenConfigDict, corpus: data.Dataset) -> list[Row]:
+def _data(config: FrozenConfigDict, corpus: Corpus) -> list[Row]:
   c = corpus.counts
   batch = config.batch_size * config.seq_len
   total = batch * config.steps
@@ -89,7 +91,7 @@ def _model(config: FrozenConfigDict, model: Decoder) -> list[Row]:
 
 
 def _work(
-  config: FrozenConfigDict, corpus: data.Dataset, model: Decoder
+  config: FrozenConfigDict, corpus: Corpus, model: Decoder
 ) -> list[Row]:
   forward = model.flops_per_token(config.seq_len)
   batch = config.batch_size * config.seq_len
@@ -113,9 +115,10 @@ def _work(
   ]
 
 
-def _memory(config: FrozenConfigDict, model: Decoder) -> list[Row]:
-  """Bytes that are certain; activations depend on the compiler."""
-  tree = model.params()
+def _memory(
+  config: FrozenConfigDict, model: Decoder, tree: param.Tree
+) -> list[Row]:
+  """Bytes that are certain, where `tree` is trained; activations are not."""
   mesh, rules = recipe.mesh(config), recipe.rules(config)
   like = param.abstract(tree, mesh=mesh, rules=rules)
   each = sum(
@@ -125,7 +128,7 @@ def _memory(config: FrozenConfigDict, model: Decoder) -> list[Row]:
   tx = recipe.optimizer(config, tree, recipe.schedule(config))
   state = jax.eval_shape(tx.init, param.abstract(tree))
   moments = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-  n = model.n_params()
+  n = param.count(tree)
   rows = config.batch_size // config.accumulate * config.seq_len
   where = f"on each of {mesh.size} devices, preset {config.parallel.preset}"
   return [

@@ -3,7 +3,8 @@
 The table of `--help`, the page docs/config.md, the checks of config files and
 of the command line are views of `SCHEMA`. There are at most sixty keys: what
 a model family takes beyond four sizes is the family's to declare, as the
-parameters of its function (`OPEN`, `jaxlm.config.call`).
+parameters of its function, and so are the keys of an objective (`OPEN`,
+`jaxlm.config.call`).
 """
 
 import difflib
@@ -77,6 +78,7 @@ SCHEMA: dict[str, Any] = {
     "layers": Key(None, "number of blocks", (int,), 1),
     "heads": Key(None, "query heads of each attention", (int,), 1),
   },
+  "objective": {},  # open: `name`, and what that objective's function takes
   "optimizer": {
     "name": Key("adamw", "adamw, muon, sgd, lion, ..."),
     "lr": Key(1e-3, "peak learning rate", low=0),
@@ -132,7 +134,11 @@ SCHEMA: dict[str, Any] = {
   },
 }
 
-OPEN = ("model",)  # sections that take keys beyond the schema
+# Sections that take keys beyond the schema, and whose those are.
+OPEN = {
+  "model": "what the family's function takes",
+  "objective": "name: next_token, sft, ...; and what it takes",
+}
 
 # What a run may change when it goes on: nothing here touches what is learned
 # from a step, except `steps`, which stretches the schedule to its new end.
@@ -180,6 +186,11 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
 KEYS: dict[str, Key] = flatten(SCHEMA)
 
 
+def sections(flat: Mapping[str, Any]) -> dict[str, Any]:
+  """Like `nest`; an open section is there even if nothing is set in it."""
+  return {name: {} for name in OPEN} | nest(flat)
+
+
 def leaves(config: Any) -> dict[str, Any]:
   """Like `flatten`, in the order of the schema; open keys come last."""
   flat = flatten(config)
@@ -195,9 +206,7 @@ def defaults() -> dict[str, Any]:
 def table() -> str:
   """All keys, one per line: name, default, meaning."""
   rows = [(k, repr(key.default), key.meaning) for k, key in KEYS.items()]
-  rows += [
-    (f"{name}.*", "", "what the family's function takes") for name in OPEN
-  ]
+  rows += [(f"{name}.*", "", meaning) for name, meaning in OPEN.items()]
   return "\n".join(f"  {k:28}{value:17}{text}" for k, value, text in rows)
 
 
@@ -217,7 +226,7 @@ def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
 def unknown(key: str, extra: Iterable[str] = ()) -> UserError:
   """The error for a key that does not exist; `extra` are more known names."""
   if key in SCHEMA:
-    example = f"config.{key}.{next(iter(SCHEMA[key]))}"
+    example = f"config.{key}.{next(iter(SCHEMA[key]), 'name')}"
     return UserError(f"config.{key} is a section; set its keys, as {example}")
   names = [*KEYS, *extra]
   last = key.rpartition(".")[2]

@@ -4,6 +4,7 @@ The programs and `--explain` build a run from these functions, so that what is
 explained is what is run.
 """
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import jax
 from jax.sharding import NamedSharding
 from ml_collections import FrozenConfigDict
 
+from jaxlm import config as configs
 from jaxlm import keys
 from jaxlm.errors import UserError
 from jaxlm.interop.load import has_tokenizer, load_model, load_tokenizer
@@ -19,7 +21,7 @@ from jaxlm.layers import param
 from jaxlm.layers.compute import Compute
 from jaxlm.models.build import build, check
 from jaxlm.models.decoder import Decoder
-from jaxlm.objectives import next_token
+from jaxlm.objectives import OBJECTIVES, Objective
 from jaxlm.optim import Muon, Optimizer, Schedule, make, make_schedule
 from jaxlm.optim.guards import skip_spikes
 from jaxlm.parallel.mesh import make_mesh
@@ -32,6 +34,7 @@ __all__ = [
   "data_arguments",
   "eval_rows",
   "fresh_state",
+  "loss",
   "mesh",
   "model",
   "objective",
@@ -194,15 +197,37 @@ def optimizer(config: Config, tree: Any, lr: Schedule) -> Any:
   return skip_spikes(tx, config.spike_skip) if config.spike_skip else tx
 
 
-def objective(config: Config, model: Decoder) -> LossFn:
-  """What a step minimises, `(params, batch, key, compute) -> loss, metrics`.
+def objective(config: Config) -> Objective:
+  """What `config.objective` says is to be minimised, over what, in what.
 
-  `compute` is optional, and the config's unless given.
+  Its keys are the parameters of the function of that name; `chunk` comes from
+  `config.loss_chunk`.
+
+  Raises:
+    UserError: for an unknown objective, or keys that it does not take.
   """
-  how, chunk = compute(config), config.loss_chunk
+  name = config.objective.get("name", "next_token")
+  if name not in OBJECTIVES:
+    known = f"; known: {', '.join(OBJECTIVES)}"
+    hint = keys.nearest(str(name), OBJECTIVES) or known
+    raise UserError(f"no objective {name!r}{hint}")
+  make = OBJECTIVES[name]
+  takes = inspect.signature(make).parameters
+  given = {"chunk": config.loss_chunk} if "chunk" in takes else {}
+  return configs.call(
+    make, config.objective, "objective", ("name",), name, **given
+  )
 
-  def loss_fn(params: Any, batch: Any, key: Any, compute: Compute = how) -> Any:
-    return next_token(model, params, batch, key, compute, chunk=chunk)
+
+def loss(config: Config, model: Decoder) -> LossFn:
+  """What a step minimises, `(params, batch, key, frozen) -> loss, metrics`.
+
+  A fifth argument, optional, is how to compute, if not as the config says.
+  """
+  how, minimised = compute(config), objective(config).loss
+
+  def loss_fn(params: Any, batch: Any, key: Any, frozen: Any = None, way=how):
+    return minimised(model, params, batch, key, way, frozen)
 
   return loss_fn
 
@@ -210,7 +235,7 @@ def objective(config: Config, model: Decoder) -> LossFn:
 def step(config: Config, model: Decoder, tx: Any, steps: int = 1) -> Callable:
   """The compiled training step of `jaxlm.state.make_step`."""
   return make_step(
-    objective(config, model),
+    loss(config, model),
     tx,
     seed=config.seed,
     accumulate=config.accumulate,
@@ -220,24 +245,37 @@ def step(config: Config, model: Decoder, tx: Any, steps: int = 1) -> Callable:
 
 
 def fresh_state(
-  config: Config, model: Decoder, tx: Any, mesh: jax.sharding.Mesh
+  config: Config,
+  model: Decoder,
+  tx: Any,
+  mesh: jax.sharding.Mesh,
+  base: Any = None,
 ) -> TrainState:
-  """The state of step 0, every array made where it will stay."""
-  tree = model.params()
-  places = param.shardings(tree, mesh, rules(config))
+  """The state of step 0, every array made where it will stay.
+
+  Args:
+    config: every key.
+    model: what is trained.
+    tx: the optimizer.
+    mesh: all devices.
+    base: parameters of the model to begin with; None makes them.
+  """
+  trained = objective(config).trained
+  places = param.shardings(trained.params(model), mesh, rules(config))
 
   @jax.jit
-  def fresh() -> TrainState:
-    params = param.init(tree, jax.random.key(config.seed))
+  def fresh(base: Any) -> TrainState:
+    params = trained.start(model, jax.random.key(config.seed), base)
     params = jax.tree.map(jax.sharding.reshard, params, places)
     return create(params, tx, config.ema > 0, config.precision == "float16")
 
-  return fresh()
+  return fresh(base)
 
 
 def batch_place(
   rules: Rules, shape: tuple[int, ...], mesh: jax.sharding.Mesh
 ) -> NamedSharding:
   """Where a leaf `[steps, accumulate, rows, ...]` of a batch lies."""
-  spec = rules.activation_spec((None, None, "batch", None), shape, mesh)
+  axes = (None, None, "batch", *(None for _ in shape[3:]))
+  spec = rules.activation_spec(axes, shape, mesh)
   return NamedSharding(mesh, spec)

@@ -92,8 +92,8 @@ def make_step(
   """One compiled, donated call that trains `steps` steps.
 
   Args:
-    loss_fn: `(params, batch, key) -> (loss, metrics)`; `metrics['weight']`
-      says over how many targets the loss is a mean.
+    loss_fn: `(params, batch, key, *given) -> (loss, metrics)`;
+      `metrics['weight']` says over how many targets the loss is a mean.
     tx: the optimizer, clipping included.
     seed: randomness of step n is `fold_in(key(seed), n)`.
     accumulate: microbatches a step. Their gradients are joined by weight, so
@@ -103,20 +103,25 @@ def make_step(
     jit: False returns the plain function, for reading and testing.
 
   Returns:
-    `step(state, batch) -> (state, metrics)`. Leaves of `batch` are
-    `[steps, accumulate, rows, ...]`; metrics are `[steps]`: those of the loss,
-    `grad_norm` before clipping, and in float16 `loss_scale`.
+    `step(state, batch, *given) -> (state, metrics)`. Leaves of `batch` are
+    `[steps, accumulate, rows, ...]`; what is `given` (trees that are looked at
+    and not trained) goes to the loss as it is. Metrics are `[steps]`: those of
+    the loss, `grad_norm` before clipping, and in float16 `loss_scale`.
   """
   tx = optax.with_extra_args_support(tx)
 
-  def one(state: TrainState, batch: Tree) -> tuple[TrainState, dict]:
-    key = jax.random.fold_in(jax.random.key(seed), state.step)
-    grads, metrics = _gradients(loss_fn, state, batch, key, accumulate)
-    metrics["grad_norm"] = optax.tree.norm(grads)
-    return _apply(tx, state, grads, metrics, ema_decay)
-
-  def call(state: TrainState, batch: Tree) -> tuple[TrainState, dict]:
+  def call(state: TrainState, batch: Tree, *given) -> tuple[TrainState, dict]:
     chex.assert_tree_shape_prefix(batch, (steps, accumulate))
+
+    def loss(params: Tree, part: Tree, key: Array) -> tuple[Array, dict]:
+      return loss_fn(params, part, key, *given)
+
+    def one(state: TrainState, batch: Tree) -> tuple[TrainState, dict]:
+      key = jax.random.fold_in(jax.random.key(seed), state.step)
+      grads, metrics = _gradients(loss, state, batch, key, accumulate)
+      metrics["grad_norm"] = optax.tree.norm(grads)
+      return _apply(tx, state, grads, metrics, ema_decay)
+
     if steps > 1:
       return jax.lax.scan(one, state, batch)
     state, metrics = one(state, jax.tree.map(lambda x: x[0], batch))

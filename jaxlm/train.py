@@ -25,7 +25,7 @@ import jax
 import numpy as np
 from ml_collections import FrozenConfigDict
 
-from jaxlm import data, metrics, program, recipe, speed, values
+from jaxlm import metrics, program, recipe, speed, values
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import check_continues, read, to_json
 from jaxlm.errors import UserError
@@ -37,10 +37,11 @@ from jaxlm.interop.load import load
 from jaxlm.interrupt import Interrupt
 from jaxlm.layers import param
 from jaxlm.metrics import Log
+from jaxlm.models.decoder import Decoder
 from jaxlm.parallel import distributed
 from jaxlm.parallel.mesh import process_rows
 from jaxlm.parallel.rules import Rules
-from jaxlm.state import TrainState, create
+from jaxlm.state import TrainState
 
 Tree = Any
 STARTED = time.perf_counter()
@@ -84,31 +85,19 @@ def _train(
   """The run itself; what it enters is left again, whatever happens."""
   mesh = recipe.mesh(config)
   enter(jax.set_mesh(mesh))
+  objective = recipe.objective(config)
 
   # --- Data -------------------------------------------------------------------
   origin = _origin(config, workdir)
   with distributed.first_alone():
-    corpus = data.prepare(**recipe.data_arguments(config, origin))
+    corpus = objective.data.read(**recipe.data_arguments(config, origin))
   distributed.same("the tokenizer", corpus.tokenizer.fingerprint())
   distributed.same("the data", corpus.describe())
-  packed = config.data.windows == "packed"
   rules, rows = recipe.rules(config), recipe.eval_rows(config)
-  batches = data.batches(
-    corpus.train,
-    config.seq_len,
-    config.batch_size,
-    config.seed,
-    config.data.windows,
-    corpus.weights,
-    rows=process_rows(mesh, rules, config.batch_size, config.accumulate),
-  )
-  held_out = corpus.val and data.windows(
-    corpus.val,
-    config.seq_len,
-    rows,
-    packed,
-    rows=process_rows(mesh, rules, rows),
-  )
+  mine = process_rows(mesh, rules, config.batch_size, config.accumulate)
+  batches = objective.data.batches(corpus, config, mine)
+  mine = process_rows(mesh, rules, rows)
+  held_out = objective.data.held_out(corpus, config, rows, mine)
   if distributed.is_first():
     corpus.tokenizer.save(workdir)
   print(f"data     {corpus.describe()}")
@@ -127,7 +116,8 @@ def _train(
 
   # --- Optimizer and state ----------------------------------------------------
   schedule = recipe.schedule(config)
-  tx = recipe.optimizer(config, model.params(), schedule)
+  trained = objective.trained
+  tx = recipe.optimizer(config, trained.params(model), schedule)
   checkpoints = enter(
     Checkpoints(
       workdir / "checkpoints",
@@ -136,31 +126,34 @@ def _train(
     )
   )
   begun = distributed.from_first(checkpoints.latest()) is not None
-  start = recipe.fresh_state if origin is None or begun else _loaded_state
-  state = start(config, model, tx, mesh)
+  loads = origin is not None and (trained.needs_base or not begun)
+  base = _base(config, model, mesh) if loads else None
+  frozen = trained.frozen(model, base)
+  state = recipe.fresh_state(config, model, tx, mesh, base)
+  del base  # the first step may take its memory
   if begun:
     state = checkpoints.restore(_places(state)).state
     print(f"continue at step {int(state.step)} of {workdir}")
   first = step = int(state.step)
 
   # --- Step -------------------------------------------------------------------
-  objective = recipe.objective(config, model)
+  loss_fn = recipe.loss(config, model)
 
   @functools.cache
   def step_fn(steps: int) -> Callable:
     return recipe.step(config, model, tx, steps)
 
   @jax.jit
-  def eval_fn(params: Tree, batch: Tree) -> dict[str, jax.Array]:
+  def judge(frozen: Tree, params: Tree, batch: Tree) -> dict[str, jax.Array]:
     batch = jax.tree.map(lambda x: x[0, 0], batch)
     plain = dataclasses.replace(compute, watch=False)
-    return objective(params, batch, None, plain)[1]
+    return loss_fn(params, batch, None, frozen, plain)[1]
 
   # --- Loop -------------------------------------------------------------------
   # Metrics of a call are read after the next call has been launched, so the
   # device never waits for the host. A checkpoint is saved before anything that
   # may fail, and only after every loss before it was seen to be a number.
-  tokens = config.batch_size * config.seq_len
+  tokens = config.batch_size * config.seq_len * objective.data.sequences
   clock = speed.Throughput(tokens)
   flops = 3 * model.flops_per_token(config.seq_len)
   peak = speed.matmul_peak(compute.dtype)
@@ -196,25 +189,25 @@ def _train(
     )
 
   def look(step: int, state: TrainState) -> float:
-    """Evaluates on the held-out text; the averaged weights, where kept."""
+    """Evaluates on what is held out; the averaged weights, where kept."""
     params = state.params if state.ema is None else state.ema
     put = functools.partial(_put, mesh, compute.rules, (1, rows))
+    eval_fn = functools.partial(judge, frozen)
     found = evaluate(eval_fn, params, held_out, config.eval_batches, put)
-    loss = found["loss"]
-    width = corpus.counts["val_bytes"] / corpus.counts["val_tokens"]
-    bits = bits_per_byte(loss, width)
-    log.scalars(step, {"val_loss": loss, "val_bits_per_byte": bits})
-    print(f"step {step} | validation loss {loss:.4f}, {bits:.3f} bits per byte")
+    told = _told(found, corpus.counts)
+    log.scalars(step, {f"val_{name}": value for name, value in told.items()})
+    print(f"step {step} | validation {_listed(told)}")
     if config.log.histograms:
       for name, array in param.paths(params).items():
         log.histogram(step, name, distributed.whole(array))
-    return loss
+    return told["loss"]
 
   def sample(step: int, state: TrainState) -> None:
-    """Writes what the model says now to samples.txt."""
+    """Writes what the model says now to samples.txt, if it can talk."""
     params = state.params if state.ema is None else state.ema
+    params = trained.policy(params, frozen)
     params = jax.tree.map(distributed.whole, params)
-    if not distributed.is_first():
+    if params is None or not distributed.is_first():
       return
     asked = {k: v for k, v in config.sample.items() if k != "every"}
     text = sample_text(model, params, corpus.tokenizer, **asked)
@@ -234,7 +227,7 @@ def _train(
     n = min(config.steps_per_call, _next_event(config, step) - step)
     parts = itertools.islice(feed, n)
     batch = _put(mesh, compute.rules, part, *parts)
-    state, result = step_fn(n)(state, batch)
+    state, result = step_fn(n)(state, batch, frozen)
     if pending:
       report(*pending)
     step, pending = step + n, (step + n, result)
@@ -323,8 +316,8 @@ def _origin(config: FrozenConfigDict, workdir: Path) -> Path | None:
   return None if origin is None else Path(origin)
 
 
-def _loaded_state(config: FrozenConfigDict, model, tx, mesh) -> TrainState:
-  """The state of step 0 around the parameters at `model.path`."""
+def _base(config: FrozenConfigDict, model: Decoder, mesh) -> Tree:
+  """The parameters at `model.path`, where they are to lie."""
   path, rules = recipe.origin(config), recipe.rules(config)
   found, params = load(path, "float32", mesh, rules)
   if found != model:
@@ -332,8 +325,7 @@ def _loaded_state(config: FrozenConfigDict, model, tx, mesh) -> TrainState:
       f"{path} holds another model than when this run began; start again in "
       "another workdir"
     )
-  float16 = config.precision == "float16"
-  return jax.jit(lambda p: create(p, tx, config.ema > 0, float16))(params)
+  return params
 
 
 def _places(state: TrainState) -> Tree:
@@ -383,6 +375,23 @@ def _next_event(config: FrozenConfigDict, step: int) -> int:
 def _due(step: int, every: int, steps: int) -> bool:
   """True at every multiple of `every` (0: of nothing), and at the end."""
   return step == steps or (every > 0 and step % every == 0)
+
+
+def _told(
+  found: dict[str, float], counts: dict[str, float]
+) -> dict[str, float]:
+  """What is told of an evaluation; of text also the loss in bits per byte."""
+  told = {k: v for k, v in found.items() if k != "perplexity"}
+  if "val_bytes" in counts:
+    width = counts["val_bytes"] / counts["val_tokens"]
+    told["bits_per_byte"] = bits_per_byte(told["loss"], width)
+  return told
+
+
+def _listed(values: dict[str, float]) -> str:
+  """'loss 3.7012, bits per byte 1.9731'."""
+  words = (f"{k.replace('_', ' ')} {v:.4f}" for k, v in values.items())
+  return ", ".join(words)
 
 
 def _known(**values: float) -> dict[str, float]:

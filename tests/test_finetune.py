@@ -120,7 +120,7 @@ def test_an_interrupted_run_continues_to_the_same_bits(
     raise KeyboardInterrupt
 
   with monkeypatch.context() as patch:
-    patch.setattr(program_under_test, "make_step", crash)
+    patch.setattr(program_under_test.recipe, "step", crash)
     with pytest.raises(KeyboardInterrupt):
       run(text, published, tmp_path / "run")
   real, seen = program_under_test._next_event, []
