@@ -10,7 +10,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax.sharding import PartitionSpec
 
 from jaxlm.errors import UserError
@@ -18,42 +17,31 @@ from jaxlm.layers.at import At
 from jaxlm.layers.compute import Compute, active_mesh
 from jaxlm.layers.kernels.blocks import attend_causal
 from jaxlm.layers.kernels.flash import flash_attention
-from jaxlm.layers.mask import Mask, PrefixLM
+from jaxlm.layers.mask import Mask
 from jaxlm.layers.norm import soft_cap
 from jaxlm.layers.position import Alibi
+from jaxlm.layers.scores import (
+  Moved,
+  distances,
+  masked_softmax,
+  products,
+  visible,
+)
+
+__all__ = [
+  "FORMS",
+  "Moved",
+  "attend",
+  "attend_blocks",
+  "attend_flash",
+  "attend_reference",
+  "choose",
+  "largest_logits",
+  "masked_softmax",
+  "visible",
+]
 
 Array = jax.Array
-
-
-@struct.dataclass
-class Moved:
-  """The first keys, which queries meet as if these stood elsewhere.
-
-  Attributes:
-    q: the queries for them, `[batch, seq, heads, head_dim]`.
-    positions: where the queries stand for them, `[batch, seq]`; the mask still
-      goes by where they really stand.
-    keys: how many keys are meant.
-  """
-
-  q: Array
-  positions: Array
-  keys: int = struct.field(pytree_node=False)
-
-
-def visible(mask: Mask, at: At, keys: At, t: int, s: int) -> Array:
-  """Which key each query sees: bool [batch or 1, t, s]."""
-  q = jnp.arange(t)[None] if at.positions is None else at.positions
-  k = jnp.arange(s)[None] if keys.positions is None else keys.positions
-  see = mask.allows(q[:, :, None], k[:, None, :])
-  if isinstance(mask, PrefixLM) and at.blocks is not None:
-    same = at.blocks[:, :, None] == keys.blocks[:, None, :]
-    see = see | (same & (at.blocks >= 0)[:, :, None])
-  if at.segments is not None and keys.segments is not None:
-    see = see & (at.segments[:, :, None] == keys.segments[:, None, :])
-  if keys.positions is not None:
-    see = see & (k >= 0)[:, None, :]
-  return see
 
 
 def attend_reference(
@@ -75,11 +63,11 @@ def attend_reference(
   b, t, n = q.shape[:3]
   s, groups = k.shape[1], k.shape[2]
   see = visible(mask, at, keys, t, s)[:, None, None]
-  scores = _products(q, k, moved) * scale
+  scores = products(q, k, moved) * scale
   if softcap is not None:
     scores = soft_cap(scores, softcap)
   if slopes is not None:
-    away = _distances(at, keys, t, s, moved)[:, None, None]
+    away = distances(at, keys, t, s, moved)[:, None, None]
     scores = scores + slopes.reshape(1, groups, n // groups, 1, 1) * away
   if bias is not None:
     scores = scores + bias.reshape(-1, groups, n // groups, t, s)
@@ -95,30 +83,6 @@ def attend_reference(
   return out.astype(v.dtype).reshape(b, t, n, v.shape[-1])
 
 
-def _products(q: Array, k: Array, moved: Moved | None) -> Array:
-  """Queries times keys, float32 [batch, kv_heads, group, seq, keys]."""
-  if moved is not None:
-    n = moved.keys
-    parts = _products(moved.q, k[:, :n], None), _products(q, k[:, n:], None)
-    return jnp.concatenate(parts, axis=-1)
-  b, t, n, h = q.shape
-  q = q.reshape(b, t, k.shape[2], n // k.shape[2], h)
-  return jnp.einsum(
-    "btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32
-  )
-
-
-def _distances(at: At, keys: At, t: int, s: int, moved: Moved | None) -> Array:
-  """From each query on to each key, float32 [batch or 1, seq, keys]."""
-  i = jnp.arange(t)[None] if at.positions is None else at.positions
-  j = jnp.arange(s)[None] if keys.positions is None else keys.positions
-  away = j[:, None, :] - i[:, :, None]
-  if moved is not None:
-    first = j[:, None, : moved.keys] - moved.positions[:, :, None]
-    away = jnp.concatenate([first, away[:, :, moved.keys :]], axis=-1)
-  return away.astype(jnp.float32)
-
-
 def largest_logits(
   q: Array, k: Array, mask: Mask, at: At, scale: float | None = None
 ) -> Array:
@@ -130,28 +94,9 @@ def largest_logits(
   t, n, h = q.shape[1:]
   scale = h**-0.5 if scale is None else scale
   see = visible(mask, at, at, t, t)[:, None, None]
-  scores = _products(q, k, None) * scale
+  scores = products(q, k, None) * scale
   top = jnp.max(jnp.where(see, scores, -jnp.inf), axis=(0, 3, 4))
   return jax.lax.stop_gradient(top.reshape(n))
-
-
-def masked_softmax(scores: Array, see: Array, sinks: Array | None) -> Array:
-  """Softmax over the last axis of float32 scores where `see`; else zero.
-
-  A row that sees nothing is all zeros, never NaN. `sinks` (learned, one per
-  head) join the denominator without joining the sum of values (gpt-oss).
-  """
-  low = jnp.finfo(scores.dtype).min
-  scores = jnp.where(see, scores, low)
-  top = jnp.max(scores, axis=-1, keepdims=True)
-  if sinks is not None:
-    top = jnp.maximum(top, sinks)
-  top = jax.lax.stop_gradient(top)
-  weights = jnp.where(see, jnp.exp(scores - top), 0.0)
-  total = jnp.sum(weights, axis=-1, keepdims=True)
-  if sinks is not None:
-    total = total + jnp.exp(sinks - top)
-  return weights / jnp.where(total == 0.0, 1.0, total)
 
 
 def attend_blocks(
