@@ -23,8 +23,8 @@ from jaxlm.optim.muon import (
   scale_by_muon,
 )
 from jaxlm.optim.spread import on_whole_matrices
+from jaxlm.parallel import rules as tables
 from jaxlm.parallel.mesh import make_mesh
-from jaxlm.parallel.rules import PRESETS
 
 TREE = {
   "q": Param((16, 4, 4), ("embed", "heads", "head_dim")),
@@ -302,7 +302,7 @@ def test_whole_optimizer_runs_on_sharded_parameters(name, preset):
     "q": Param((3, 16, 4, 4), ("layers", "embed", "heads", "head_dim")),
     "down": Param((3, 32, 16), ("layers", "mlp", "embed")),
   }
-  rules = PRESETS[preset]
+  rules = tables.preset(preset)
   mesh = make_mesh(rules, "")
   o = Optimizer(name, muon=Muon(lr_ratio=2.0))
   tx = make(tree, 0.1, o)
