@@ -15,7 +15,8 @@ from jaxlm.errors import UserError
 from jaxlm.tasks.task import Example
 
 _SIZE = 2**31 - 1  # as many numbers as an index can be
-_OTHERS = 20  # entries whose answers are tried as wrong ones
+_OTHERS = 8  # entries whose answers are tried as wrong ones, and then
+_GUESSES = ("False", "True", "0", "-")
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,14 @@ class Gym:
     entries = _entries(self.generator, self.options, seed)
     entry = entries[index % _SIZE]
     others = (entries[(index + i) % _SIZE] for i in range(1, _OTHERS))
-    answers = (str(other["answer"]) for other in others)
-    wrong = (a for a in answers if _score(entries, entry, a) < 1)
+    answers = [*(str(other["answer"]) for other in others), *_GUESSES]
+    wrong = [a for a in answers if _score(entries, entry, a) < 1]
     answer = str(entry["answer"])
     said = {"answer": answer, "seed": seed, "index": index}
     return Example(
       prompt=entry["question"],
       response=answer,
-      rejected=next(wrong, f"{answer}?"),
+      rejected=wrong[0],
       answer=json.dumps(said),
       skill=self.name,
       level=1,
@@ -77,11 +78,15 @@ def make(generator: str, **options: Any) -> Gym:
   """A generator with its options.
 
   Raises:
-    UserError: if reasoning-gym is not installed, or has no such generator or
-      option.
+    UserError: if reasoning-gym is not installed, has no such generator or
+      option, or the generator has no answers.
   """
   made = Gym(generator, tuple(sorted(options.items())))
-  _entries(made.generator, made.options, 0)
+  if _entries(made.generator, made.options, 0)[0]["answer"] is None:
+    raise UserError(
+      f"gym:{generator} knows a scorer but no answers, and examples have one; "
+      "choose another generator"
+    )
   return made
 
 
