@@ -33,7 +33,7 @@ def draw(*shape: int, seed: int = 0) -> jax.Array:
   return jnp.asarray(values, jnp.float32)
 
 
-def both(mask, at=None, keys=None, tiles=SMALL, **shape):
+def both(mask, at=None, keys=None, tiles=SMALL, chip=None, **shape):
   """Values and gradients of the kernels and of the definition."""
   size = {"b": 2, "t": 21, "s": 21, "n": 4, "g": 2, "h": 8, "d": 8} | shape
   b, t, s, n, g, h, d = (size[name] for name in "btsnghd")
@@ -66,7 +66,8 @@ def both(mask, at=None, keys=None, tiles=SMALL, **shape):
     grads, y = jax.jit(jax.grad(loss, has_aux=True))(args)
     return y, grads
 
-  return run(flash_attention, tiles=tiles), run(attend_reference)
+  found = run(flash_attention, tiles=tiles, chip=chip)
+  return found, run(attend_reference)
 
 
 def check(found, expected):

@@ -16,8 +16,8 @@ from jaxlm.errors import UserError
 from jaxlm.layers.at import At
 from jaxlm.layers.compute import Compute, active_mesh
 from jaxlm.layers.kernels.blocks import attend_causal
-from jaxlm.layers.kernels.flash import flash_attention
-from jaxlm.layers.mask import Mask
+from jaxlm.layers.kernels.flash import GPU, fits_gpu, flash_attention
+from jaxlm.layers.mask import Causal, Full, Mask, Sliding
 from jaxlm.layers.norm import soft_cap
 from jaxlm.layers.position import Alibi
 from jaxlm.layers.scores import (
@@ -169,10 +169,104 @@ def attend_flash(
   return attend_reference(q, k, v, mask, at, keys, **options)
 
 
+def attend_triton(
+  q: Array,
+  k: Array,
+  v: Array,
+  mask: Mask,
+  at: At,
+  keys: At,
+  *,
+  scale: float,
+  softcap: float | None = None,
+  sinks: Array | None = None,
+  slopes: Array | None = None,
+  bias: Array | None = None,
+  moved: Moved | None = None,
+) -> Array:
+  """The same by Pallas kernels for GPUs, interpreted on a CPU.
+
+  What has no kernel, and heads too wide for a GPU, go by `attend_blocks`.
+  """
+  options = {"scale": scale, "softcap": softcap, "sinks": sinks}
+  options["slopes"] = slopes
+  if bias is None and moved is None and fits_gpu(q, k, v):
+    return flash_attention(q, k, v, mask, at, keys, **options, chip=GPU)
+  options |= {"bias": bias, "moved": moved}
+  return attend_blocks(q, k, v, mask, at, keys, **options)
+
+
+def attend_cudnn(
+  q: Array,
+  k: Array,
+  v: Array,
+  mask: Mask,
+  at: At,
+  keys: At,
+  *,
+  scale: float,
+  softcap: float | None = None,
+  sinks: Array | None = None,
+  slopes: Array | None = None,
+  bias: Array | None = None,
+  moved: Moved | None = None,
+) -> Array:
+  """The same by NVIDIA's library, and by XLA on a CPU.
+
+  It knows plain causal, full and sliding attention in half precision, of even
+  lengths and heads up to 128 wide; `attend_triton` does the rest.
+  """
+  extras = (softcap, sinks, slopes, bias, moved)
+  own = at.aligned and keys.aligned and q.shape[1] == k.shape[1]
+  half = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[1] % 2 == 0
+  wide = max(q.shape[3], v.shape[3]) > 128 or q.shape[3] % 8 or v.shape[3] % 8
+  window = isinstance(mask, Sliding) and mask.reach
+  plain = window or isinstance(mask, Causal | Full)
+  if any(x is not None for x in extras) or wide or not (own and half and plain):
+    return attend_triton(
+      q,
+      k,
+      v,
+      mask,
+      at,
+      keys,
+      scale=scale,
+      softcap=softcap,
+      sinks=sinks,
+      slopes=slopes,
+      bias=bias,
+      moved=moved,
+    )
+  form = functools.partial(
+    jax.nn.dot_product_attention,
+    scale=scale,
+    is_causal=mask.causal,
+    local_window_size=(window - 1, 0) if window else None,
+  )
+  with (  # JAX's own code widens and broadcasts in silence
+    jax.numpy_dtype_promotion("standard"),
+    jax.numpy_rank_promotion("allow"),
+  ):
+    return jax.lax.platform_dependent(
+      q,
+      k,
+      v,
+      cpu=functools.partial(form, implementation="xla"),
+      cuda=functools.partial(form, implementation="cudnn"),
+    )
+
+
 FORMS = {
   "reference": attend_reference,
   "blocks": attend_blocks,
   "flash": attend_flash,
+  "triton": attend_triton,
+  "cudnn": attend_cudnn,
+}
+KERNELS = {
+  "tpu": ("flash", "the kernel for TPUs"),
+  "gpu": ("triton", "the kernel for GPUs"),
+  "cuda": ("triton", "the kernel for GPUs"),
 }
 
 
@@ -196,11 +290,11 @@ def choose(compute: Compute, queries: int | None = None) -> tuple[str, str]:
     )
   device = jax.sharding.get_abstract_mesh().abstract_device
   platform = jax.default_backend() if device is None else device.platform
-  if platform != "tpu":
+  if platform not in KERNELS:
     return "blocks", f"plain XLA, on {platform}"
   if queries == 1:
     return "reference", "one query's scores are one row"
-  return "flash", "the kernel for TPUs"
+  return KERNELS[platform]
 
 
 def attend(

@@ -34,7 +34,7 @@ class Compute:
     unroll: True writes every layer out (faster for small models on a CPU),
       False scans over the layers (compile time does not grow with depth).
     attention: which implementation of `attend` ('auto', 'reference',
-      'blocks', 'flash').
+      'blocks', 'flash' for TPUs, 'triton' and 'cudnn' for GPUs).
     rules: the sharding rule table, None on one device.
     watch: attention also reports the largest logit of each head, which costs
       another product of queries and keys (QK clip needs it).

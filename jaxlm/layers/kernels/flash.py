@@ -1,4 +1,4 @@
-"""Flash attention on TPUs. Twin: `attend_reference`.
+"""Flash attention on TPUs and GPUs. Twin: `attend_reference`.
 
 Memory grows with the length and not with its square: scores live in blocks
 that never leave the chip (arXiv:2205.14135, arXiv:2307.08691). One pair of
@@ -12,7 +12,8 @@ share it, and a single query of many heads still fills a matrix.
 
 import functools
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ import numpy as np
 
 from jaxlm.errors import UserError
 from jaxlm.layers.at import At
-from jaxlm.layers.kernels import visits
+from jaxlm.layers.kernels import flash_gpu, visits
 from jaxlm.layers.kernels.flash_backward import backward
 from jaxlm.layers.kernels.flash_forward import (
   Operands,
@@ -57,9 +58,52 @@ class Tiles:
     """`n` rounded up to whole registers."""
     return math.ceil(n / self.lanes) * self.lanes
 
+  def fit(self, size: int) -> "Tiles":
+    """Those for heads of `size` bytes, where the chip is small."""
+    del size
+    return self
 
-TILES = Tiles()
-WORDS = 200_000  # steps that fit a TPU's scalar memory (1 MiB)
+
+@dataclass(frozen=True)
+class Powers(Tiles):
+  """Blocks for Triton, where every array has a power of two of numbers.
+
+  64 x 64 is the largest for which no kernel spills registers on an H100 at
+  head_dim 128; a tensor core's product has at least 16 rows.
+  """
+
+  rows: int = 64
+  keys: int = 64
+  lanes: int = 16
+
+  def up(self, n: int) -> int:
+    """The next power of two, at least `lanes`."""
+    return max(self.lanes, 1 << (n - 1).bit_length())
+
+  def fit(self, size: int) -> "Powers":
+    """Smaller blocks for wide heads: 32 KiB each, of 227 on the chip."""
+    most = max(self.lanes, (1 << 15) // self.up(size))
+    return replace(self, rows=min(self.rows, most), keys=min(self.keys, most))
+
+
+@dataclass(frozen=True)
+class Chip:
+  """Whose kernels run.
+
+  Attributes:
+    platform: JAX's name of it; a CPU interprets the kernels.
+    tiles: sizes of blocks.
+    words: steps that fit its memory for them, or None.
+    plan: lists which blocks meet: (setting, data, queries) -> two walks.
+    forward, backward: the kernels, see `flash_forward` and `flash_backward`.
+  """
+
+  platform: str
+  tiles: Tiles
+  words: int | None
+  plan: Callable
+  forward: Callable
+  backward: Callable
 
 
 def flash_attention(
@@ -74,11 +118,12 @@ def flash_attention(
   softcap: float | None = None,
   sinks: Array | None = None,
   slopes: Array | None = None,
-  tiles: Tiles = TILES,
+  tiles: Tiles | None = None,
+  chip: Chip | None = None,
 ) -> Array:
   """Attention in blocks that stay on the chip; see `attend`.
 
-  Runs compiled on a TPU and interpreted, slowly, on a CPU. `slopes` are
+  Runs compiled on the chip and interpreted, slowly, on a CPU. `slopes` are
   numbers of the model and get no gradient.
 
   Args:
@@ -92,7 +137,8 @@ def flash_attention(
     softcap: of the scores, or None.
     sinks: learned logits `[heads]` in the denominator, or None.
     slopes: of ALiBi, float32 `[heads]`, or None.
-    tiles: sizes of the blocks.
+    tiles: sizes of the blocks; None means the chip's.
+    chip: `TPU`, as None means, or `GPU`.
 
   Returns:
     `[batch, seq, heads, value_dim]` in the dtype of `v`.
@@ -102,6 +148,8 @@ def flash_attention(
     raise UserError(
       f"{n} query heads do not share {groups} key heads evenly; give a multiple"
     )
+  chip = chip or TPU
+  tiles = tiles or chip.tiles.fit(_widest(q, v))
   data = _data(mask, at, keys, b, t, s)
 
   def setting(tiles: Tiles) -> Setting:
@@ -120,15 +168,27 @@ def flash_attention(
     )
 
   fixed = setting(tiles)
-  if _words(fixed, data, b, t) > WORDS:
-    fixed = setting(Tiles(2 * tiles.rows, 2 * tiles.keys, tiles.lanes))
-    if _words(fixed, data, b, t) > WORDS:
+  if chip.words is not None and _words(fixed, data, b, t) > chip.words:
+    fixed = setting(replace(tiles, rows=2 * tiles.rows, keys=2 * tiles.keys))
+    if _words(fixed, data, b, t) > chip.words:
       raise UserError(
         f"{t} queries and {s} keys in {b} rows have too many blocks for flash "
         "attention; give it fewer rows, or attention='reference'"
       )
-  plan = plan_steps(fixed, data, t)
-  return _attention(fixed, plan, data, q, k, v, sinks, slopes)
+  plan = chip.plan(fixed, data, t)
+  return _attention(chip, fixed, plan, data, q, k, v, sinks, slopes)
+
+
+def fits_gpu(q: Array, k: Array, v: Array) -> bool:
+  """Whether a block of such heads has room on a GPU."""
+  size, tiles = _widest(q, v), GPU.tiles
+  group = q.shape[2] // k.shape[2]
+  return size <= 2048 and group <= tiles.fit(size).rows
+
+
+def _widest(q: Array, v: Array) -> int:
+  """Bytes of the widest head."""
+  return max(q.shape[3], v.shape[3]) * q.dtype.itemsize
 
 
 def _words(setting: Setting, data: dict, b: int, t: int) -> int:
@@ -174,6 +234,16 @@ def plan_steps(setting: Setting, data: dict, t: int) -> tuple[Steps, Steps]:
     Steps(*visits.sorted_steps(seen, possible)),
     Steps(*visits.sorted_steps(turned, possible.T)),
   )
+
+
+def plan_lists(setting: Setting, data: dict, t: int) -> tuple[Steps, Steps]:
+  """The same walks as a list for each block."""
+  q, k = (t, setting.queries), (setting.length, setting.keys)
+  seen, form = _possible(setting, data, t)[None], np
+  if data:
+    seen, form = _seen(setting, data, seen[0], q, k), jnp
+  turned = seen.swapaxes(1, 2)
+  return Steps(*visits.lists(seen, form)), Steps(*visits.lists(turned, form))
 
 
 def _possible(setting: Setting, data: dict, t: int) -> np.ndarray:
@@ -282,19 +352,22 @@ def _operands(setting: Setting, data, q, k, v, sinks, slopes) -> Operands:
 # --- The function and its gradient ------------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(setting: Setting, plan, data, q, k, v, sinks, slopes) -> Array:
-  return _forward(setting, plan, data, q, k, v, sinks, slopes)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(
+  chip: Chip, setting: Setting, plan, data, q, k, v, sinks, slopes
+) -> Array:
+  return _forward(chip, setting, plan, data, q, k, v, sinks, slopes)[0]
 
 
-def _forward(setting: Setting, plan, data, q, k, v, sinks, slopes):
+def _forward(chip: Chip, setting: Setting, plan, data, q, k, v, sinks, slopes):
   x = _operands(setting, data, q, k, v, sinks, slopes)
-  out, lse = on_device(functools.partial(forward, setting), x, plan[0])
+  kernel = functools.partial(chip.forward, setting)
+  out, lse = on_device(kernel, x, plan[0], chip=chip.platform)
   out = _from_rows(setting, out, q.shape[1], q.shape[2] // k.shape[2])
   return out, (plan, data, q, k, v, sinks, slopes, out, lse)
 
 
-def _backward(setting: Setting, saved, do: Array):
+def _backward(chip: Chip, setting: Setting, saved, do: Array):
   plan, data, q, k, v, sinks, slopes, out, lse = saved
   groups, t, group = k.shape[2], q.shape[1], q.shape[2] // k.shape[2]
   delta = jnp.sum(
@@ -302,12 +375,13 @@ def _backward(setting: Setting, saved, do: Array):
   )
   x = _operands(setting, data, q, k, v, sinks, slopes)
   dq, dk, dv = on_device(
-    functools.partial(backward, setting),
+    functools.partial(chip.backward, setting),
     x,
     lse,
     jnp.swapaxes(_rows(setting, delta, groups), 2, 3),
     _rows(setting, do, groups),
     plan,
+    chip=chip.platform,
   )
   dq = _from_rows(setting, dq, t, group)
   dk, dv = (jnp.swapaxes(y, 1, 2)[:, : k.shape[1]] for y in (dk, dv))
@@ -322,3 +396,10 @@ def _backward(setting: Setting, saved, do: Array):
 
 
 _attention.defvjp(_forward, _backward)
+
+
+# A core of a TPU keeps the steps in its scalar memory, of 1 MiB.
+TPU = Chip("tpu", Tiles(), 200_000, plan_steps, forward, backward)
+GPU = Chip(
+  "cuda", Powers(), None, plan_lists, flash_gpu.forward, flash_gpu.backward
+)

@@ -96,19 +96,23 @@ def scores(
     Float32 `[rows, keys]`, or `[keys, rows]` if turned, and the soft cap's
     slope 1 - tanh(.)^2 in the same shape, or None.
   """
-  q, k, slope = refs["q"][0, 0], refs["k"][0, 0], None
+  q, k = refs["q"][0, 0], refs["k"][0, 0]
   s = product(k, q, (1, 1)) if turned else product(q, k, (1, 1))
-  if setting.softcap is None:
-    s = s * (setting.scale * LOG2E)
-  else:
-    bent = jnp.tanh(s * (setting.scale / setting.softcap))
-    s, slope = bent * (setting.softcap * LOG2E), 1.0 - bent * bent
+  s, slope = bent(setting, s)
   where, stood, see = _sight(setting, refs, i, j, turned)
   if setting.slopes:
     per_row = refs["slopes"][0]
     per_row = per_row if turned else column(per_row)
     s = s + per_row * (stood - where).astype(jnp.float32)
   return jnp.where(see, s, LOW), slope
+
+
+def bent(setting: Setting, s: Array) -> tuple[Array, Array | None]:
+  """Products as scores times log2(e), soft-capped, and the cap's slope."""
+  if setting.softcap is None:
+    return s * (setting.scale * LOG2E), None
+  tanh = jnp.tanh(s * (setting.scale / setting.softcap))
+  return tanh * (setting.softcap * LOG2E), 1.0 - tanh * tanh
 
 
 def _sight(setting: Setting, refs: dict, i, j, turned: bool):
@@ -120,7 +124,7 @@ def _sight(setting: Setting, refs: dict, i, j, turned: bool):
 
   rows = count(setting.rows, int(turned))
   where = i * setting.queries + (rows & (setting.queries - 1))
-  stood = index = j * setting.keys + count(setting.keys, int(not turned))
+  index = j * setting.keys + count(setting.keys, int(not turned))
   data = {}
   if setting.fields:
     at, keys = refs["at"][0], refs["keys"][0]
@@ -130,7 +134,24 @@ def _sight(setting: Setting, refs: dict, i, j, turned: bool):
       data[name] = (
         (at[one], keys[:, one]) if turned else (at[:, one], keys[one])
       )
-  where, stood = data.get("positions", (where, stood))
+  return sight(setting, where, index, data)
+
+
+def sight(
+  setting: Setting, where: Array, index: Array, data: dict
+) -> tuple[Array, Array, Array]:
+  """Who sees whom in a pair of blocks.
+
+  Args:
+    setting: what is fixed.
+    where: numbers of the queries, in a shape that broadcasts with `index`.
+    index: numbers of the keys.
+    data: what came with the data, name -> (of the queries, of the keys).
+
+  Returns:
+    Positions of the queries and of the keys, and bool: what is seen.
+  """
+  where, stood = data.get("positions", (where, index))
   see = setting.mask.allows(where, stood)
   if "blocks" in data:
     a, b = data["blocks"]

@@ -60,14 +60,17 @@ def padded(x: Array, block: int, axis: int, fill: int = 0) -> Array:
   return jnp.pad(x, widths, constant_values=fill) if more else x
 
 
-def on_device(kernel: Callable, *args: Any) -> Any:
-  """`kernel(*args, interpret=...)`: compiled on a TPU, interpreted on a CPU.
+def on_device(kernel: Callable, *args: Any, chip: str = "tpu") -> Any:
+  """`kernel(*args, interpret=...)`: compiled on `chip`, interpreted on a CPU.
 
-  Settled when the program is lowered, so that a machine without a TPU can
-  compile for one.
+  Settled when the program is lowered, so that a machine without the chip can
+  compile for it.
   """
+  forms = {"cpu": True, chip: False}
   return jax.lax.platform_dependent(
     *args,
-    cpu=functools.partial(kernel, interpret=True),
-    tpu=functools.partial(kernel, interpret=False),
+    **{
+      platform: functools.partial(kernel, interpret=interpret)
+      for platform, interpret in forms.items()
+    },
   )

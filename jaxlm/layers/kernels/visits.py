@@ -132,6 +132,24 @@ def sorted_steps(seen: Array, possible: np.ndarray) -> tuple[Array, Array]:
   return jnp.where(idle, final, words), jnp.max(total)
 
 
+def lists(seen: Any, np: Any = np) -> tuple[Any, Any]:
+  """Which inner blocks each outer one visits, for a loop that reads them.
+
+  Args:
+    seen: bool `[batch or 1, outer blocks, inner blocks]`.
+    np: `numpy`, or `jax.numpy` for what is known only on the device.
+
+  Returns:
+    Inner blocks in order, int32 `[batch or 1, outer blocks, longest]`, of
+    which the first `[batch or 1, outer blocks]` are visited.
+  """
+  count = np.sum(seen, axis=-1, dtype=np.int32)
+  inner = np.argsort(~seen, axis=-1, stable=True).astype(np.int32)
+  if isinstance(inner, Array):  # the longest is known only on the device
+    return inner, count
+  return inner[..., : max(1, int(count.max()))], count
+
+
 def _at_least_one(seen: np.ndarray) -> np.ndarray:
   """The table with a block for those that have none."""
   if seen.shape[0] > OUTER or seen.shape[1] > INNER:
