@@ -548,14 +548,17 @@ def test_a_mesh_of_one_device_is_a_mesh():
 @pytest.mark.parametrize(
   ("dispatch", "rule"),
   [
-    (Ragged(), "fsdp_tp"),
+    (Ragged(), "fsdp_tp_ep"),
+    (Dense(), "fsdp_tp_ep"),
+    (Capacity(8.0), "fsdp_tp_ep"),
     pytest.param(Ragged(), "tp", marks=pytest.mark.slow),
-    pytest.param(Dense(), "fsdp_tp", marks=pytest.mark.slow),
-    pytest.param(Capacity(8.0), "fsdp_tp", marks=pytest.mark.slow),
   ],
 )
 def test_split_experts_add_up(dispatch, rule: str):
-  """Hidden units on several devices, biases added once, noise the same."""
+  """Experts, and their hidden units, on several devices: they say the same.
+
+  Biases are added once, noise is that of one device, tokens come back.
+  """
   route = TopK(bias=True, noise=True, balance=0.1)
   m = MoE(MLP(8, 16, bias=True), 4, 2, route, dispatch=dispatch)
   p, rules, key = drawn(m), preset(rule), jax.random.key(0)

@@ -238,7 +238,7 @@ class LatentAttention:
     k = dot(c, p["k_up"], "btr,rnh->btnh")
     v = dot(c, p["v_up"], "btr,rnh->btnh")
     r = jnp.broadcast_to(r[:, :, None], (*k.shape[:3], self.rope_dim))
-    r = place(r, ("batch", "seq", "heads", None), compute)
+    r = place(r, ("batch", "length", "heads", None), compute)
     k = jnp.concatenate([k, r], axis=-1)
     y = attend(q, k, v, self.mask, at, scale=self._scale, compute=compute)
     if not compute.watch:

@@ -4,9 +4,11 @@
 (`jaxlm.layers.router`) and a dispatch: how tokens and experts meet. `Dense` is
 the definition, every expert on every token; `Capacity` gives each expert a
 buffer of fixed size; `Ragged` sorts tokens by expert. They give the same
-numbers, except that a full buffer drops tokens.
+numbers, except that a full buffer drops tokens. Where experts are split over
+devices, each dispatch has its own way to bring tokens there and back.
 """
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxlm.errors import UserError
+from jaxlm.layers import exchange
 from jaxlm.layers.compute import DEFAULT, Compute
 from jaxlm.layers.kernels.grouped import Grouped
 from jaxlm.layers.linear import dot
@@ -46,6 +49,7 @@ class Dense:
     route: Route,
     weigh_input: bool,
     compute: Compute,
+    across: str | None = None,
   ) -> tuple[Array, Report]:
     """The weighted sum of each token's experts.
 
@@ -56,11 +60,15 @@ class Dense:
       route: who works on what.
       weigh_input: weights multiply what an expert reads, not what it says.
       compute: how to run.
+      across: the mesh axis along which the experts are split, or None; `p`
+        then has those of this device, and `x` and `route` are its own tokens'.
 
     Returns:
       `[tokens, dim]` in float32, and what there is to report.
     """
     n = jax.tree.leaves(p)[0].shape[0]
+    if across:
+      x, route = _of_everyone(x, route, n, across)
     zeros = jnp.zeros((n, len(x)), jnp.float32)
     weight = zeros.at[route.experts, route.tokens].add(route.weights)
     chosen = zeros.at[route.experts, route.tokens].add(1.0)
@@ -75,7 +83,20 @@ class Dense:
     y, _ = jax.lax.scan(
       one, jnp.zeros(x.shape, jnp.float32), (p, weight, chosen)
     )
+    if across:
+      y = jax.lax.psum_scatter(y, across, tiled=True)
     return y, {}
+
+
+def _of_everyone(
+  x: Array, route: Route, n: int, across: str
+) -> tuple[Array, Route]:
+  """The tokens of all devices, and who of them works with the experts here."""
+  here = jax.lax.axis_index(across)
+  own = route.replace(tokens=route.tokens + here * len(x))
+  x, route = jax.lax.all_gather((x, own), across, tiled=True)
+  at = route.experts - here * n
+  return x, route.replace(experts=jnp.where((at >= 0) & (at < n), at, n))
 
 
 @dataclass(frozen=True)
@@ -85,7 +106,8 @@ class Capacity:
   Shapes are fixed and experts are one batched matmul (arXiv:2006.16668). What
   finds its expert full is dropped: it passes by on the residual stream. The
   report's `dropped` is their share. Under a mesh each device fills buffers of
-  its own with its own rows.
+  its own with its own rows; where experts are split over devices, the buffers
+  travel, by an all-to-all whose size is known beforehand.
 
   Attributes:
     factor: room by the fair share; experts / top_k never drops.
@@ -101,9 +123,10 @@ class Capacity:
     route: Route,
     weigh_input: bool,
     compute: Compute,
+    across: str | None = None,
   ) -> tuple[Array, Report]:
     """As of `Dense`."""
-    n = jax.tree.leaves(p)[0].shape[0]
+    n = jax.tree.leaves(p)[0].shape[0] * _ways(across)
     route, sizes = _by_expert(route, n)
     room = min(len(x), math.ceil(self.factor * len(route.tokens) / n))
     starts = jnp.cumsum(sizes) - sizes
@@ -114,7 +137,11 @@ class Capacity:
     h = _inputs(x, route, weigh_input)
     rooms = jnp.zeros((n * room, x.shape[1]), h.dtype)
     rooms = rooms.at[slot].set(h, mode="drop").reshape(n, 1, room, -1)
+    if across:  # [experts, 1, room] to [experts here, 1, devices * room]
+      rooms = jax.lax.all_to_all(rooms, across, 0, 2, tiled=True)
     y, _ = jax.vmap(lambda p, h: expert(p, h, compute))(p, rooms)
+    if across:
+      y = jax.lax.all_to_all(y, across, 2, 0, tiled=True)
     y = y.reshape(n * room, -1)
     y = y.at[slot].get(mode="fill", fill_value=0)
     dropped = 1.0 - jnp.mean(fits.astype(jnp.float32))
@@ -125,7 +152,9 @@ class Capacity:
 class Ragged:
   """Tokens sorted by expert, each group times its matrix; nothing is dropped.
 
-  See `jaxlm.layers.kernels.grouped` (and MegaBlocks, arXiv:2211.15841).
+  See `jaxlm.layers.kernels.grouped` (and MegaBlocks, arXiv:2211.15841). Where
+  experts are split over devices, each token's row travels to its experts
+  (`jaxlm.layers.exchange`); there is room for all rows to meet on one device.
   """
 
   def __call__(
@@ -136,21 +165,60 @@ class Ragged:
     route: Route,
     weigh_input: bool,
     compute: Compute,
+    across: str | None = None,
   ) -> tuple[Array, Report]:
     """As of `Dense`."""
     n = jax.tree.leaves(p)[0].shape[0]
-    route, sizes = _by_expert(route, n)
-    grouped = {
-      name: Grouped(w, sizes, p.get(name + "_bias"))
-      for name, w in p.items()
-      if not name.endswith("_bias")
-    }
+    route, sizes = _by_expert(route, n * _ways(across))
     h = _inputs(x, route, weigh_input)
-    y, _ = replace(expert, bias=False)(grouped, h[None], compute)
-    return _combine(y[0], x, route, weigh_input), {}
+    if across is None:
+      y = _in_groups(expert, p, h, sizes, compute)
+    else:
+      sizes = sizes.reshape(-1, n)
+      plan = exchange.plan(sizes.sum(1), across)
+      theirs = jax.lax.all_to_all(sizes, across, 0, 0, tiled=True)
+      order = _sorted_again(theirs, len(h))
+      h = exchange.there(h, plan)[order]
+      y = _in_groups(expert, p, h, theirs.sum(0), compute)
+      y = exchange.back(y[jnp.argsort(order)], plan)
+    return _combine(y, x, route, weigh_input), {}
+
+
+def _in_groups(
+  expert: Expert, p: Tree, h: Array, sizes: Array, compute: Compute
+) -> Array:
+  """What experts say to rows `[rows, dim]` sorted by expert."""
+  grouped = {
+    name: Grouped(w, sizes, p.get(name + "_bias"))
+    for name, w in p.items()
+    if not name.endswith("_bias")
+  }
+  y, _ = replace(expert, bias=False)(grouped, h[None], compute)
+  return y[0]
+
+
+def _sorted_again(sizes: Array, rows: int) -> Array:
+  """Sorts by expert what came sorted by sender and then by expert.
+
+  Args:
+    sizes: how many rows for each expert here each device sent, `[ways, n]`.
+    rows: how many there is room for from each device.
+
+  Returns:
+    The order, `[ways * rows]`; rows that are empty come last.
+  """
+  ends = jnp.cumsum(sizes, axis=1)
+  place = jnp.arange(rows, dtype=ends.dtype)
+  search = functools.partial(jnp.searchsorted, v=place, side="right")
+  return jnp.argsort(jax.vmap(search)(ends).reshape(-1), stable=True)
 
 
 Dispatch = Dense | Capacity | Ragged
+
+
+def _ways(across: str | None) -> int:
+  """Over how many devices experts are split."""
+  return jax.lax.axis_size(across) if across else 1
 
 
 def _by_expert(route: Route, n: int) -> tuple[Route, Array]:
@@ -283,15 +351,15 @@ class MoE:
   ) -> tuple[Array, Report]:
     """What the chosen experts say; under a mesh, on each device for itself.
 
-    Each device routes its own rows and holds its share of every expert's
-    hidden units; the sums over those, and the means a loss is a function of,
-    are joined by collectives. A mesh of one device goes the same way: not
-    every primitive of a grouped product knows explicit axes.
+    Each device routes its own rows and holds its share of the experts, and of
+    every expert's hidden units; the sums over those, and the means a loss is a
+    function of, are joined by collectives. A mesh of one device goes the same
+    way: not every primitive of a grouped product knows explicit axes.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
       return self._local(p, x, noise, compute)
-    rows = compute.spec(("batch", None, None), x.shape) or PartitionSpec()
+    rows = compute.spec(("batch", "length", None), x.shape) or PartitionSpec()
     split = self._split(compute, mesh)
     whole = jax.tree.map(lambda _: PartitionSpec(), p["router"])
     arrays = {"router": p["router"], "experts": p["experts"]}, x, noise
@@ -300,7 +368,8 @@ class MoE:
 
     def local(p: Tree, x: Array, noise: Array | None) -> tuple[Array, Report]:
       plain = replace(compute, rules=None)
-      return self._local(p, x, noise, plain, rows[0:1], split["down"][1:2])
+      (across, *_), hidden = split["down"] or (None,), split["down"][1:2]
+      return self._local(p, x, noise, plain, rows[:2], hidden, across)
 
     return jax.shard_map(
       local,
@@ -310,12 +379,15 @@ class MoE:
     )(*jax.tree.map(jax.sharding.reshard, arrays, specs))
 
   def _split(self, compute: Compute, mesh: Any) -> dict[str, PartitionSpec]:
-    """Where the experts' arrays lie while used: hidden units may be split."""
+    """Where the experts' arrays lie while used.
+
+    They may be split, and so may their hidden units.
+    """
 
     def one(p: Param) -> PartitionSpec:
       if compute.rules is None:
         return PartitionSpec()
-      axes = tuple(a if a == "mlp" else None for a in p.axes)
+      axes = tuple(a if a in ("experts", "mlp") else None for a in p.axes)
       return compute.rules.computed_spec(axes, p.shape, mesh)
 
     return map_params(one, stack(self.expert.params(), self.experts, "experts"))
@@ -328,8 +400,9 @@ class MoE:
     compute: Compute,
     rows: tuple = (),
     hidden: tuple = (),
+    across: str | None = None,
   ) -> tuple[Array, Report]:
-    """Routes and works; `rows` and `hidden` name the mesh axes they are on."""
+    """Routes and works; the last three name the mesh axes of each."""
     rows, hidden = _names(rows), _names(hidden)
     experts = p["experts"]
     if hidden and "down_bias" in experts:  # summed over devices: one adds it
@@ -344,6 +417,7 @@ class MoE:
       route,
       self.weigh_input,
       compute,
+      across,
     )
     if hidden:
       y = jax.lax.psum(y, hidden)

@@ -198,8 +198,8 @@ class RGLRU:
     self, p, u: Array, start: Array, dtype: Any, compute: Compute
   ) -> tuple[Array, Array]:
     """The logarithm of the decay, and the input as it enters the state."""
-    axes = ("batch", "seq", "mlp")
-    whole = place(u.astype(dtype), ("batch", "seq", None), compute)
+    axes = ("batch", "length", "mlp")
+    whole = place(u.astype(dtype), ("batch", "length", None), compute)
     parts = whole.reshape(*u.shape[:2], self.blocks, -1)
 
     def sigmoid(name: str) -> Array:

@@ -35,13 +35,17 @@ from jaxlm.layers.param import (
   stack,
 )
 from jaxlm.layers.position import Learned, Sinusoidal
-from jaxlm.layers.recurrent import RNN
+from jaxlm.layers.recurrent import RNN, place
 from jaxlm.layers.rglru import RGLRU
 
 Array = jax.Array
 Tree = Any
 Mixer = Attention | LatentAttention | RNN | RGLRU
 FFN = MLP | GLU | MoE
+
+# The dimensions of what a branch reads; those of the stream say 'seq'. Under
+# sequence parallelism 'seq' is cut more often.
+BRANCH = ("batch", "length", "embed")
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ class Block:
     self, p, name: str, x: Array, at: At, cache, compute: Compute, site: int
   ) -> tuple[Array, dict[str, Array]]:
     """Adds what the mixer of this name says; its cache or report."""
-    h = self._before(p, name, x).astype(compute.jnp_dtype)
+    h = self._before(p, name, x, compute)
     y, out = getattr(self, name)(p[name], h, at, cache, compute)
     return self._join(p, name, x, y, at, site), out
 
@@ -111,16 +115,16 @@ class Block:
     self, p, read: Array, x: Array, at: At, compute: Compute
   ) -> tuple[Array, dict[str, Array]]:
     """Adds to `x` what the feed-forward layer makes of `read`; its report."""
-    h = self._before(p, "ffn", read).astype(compute.jnp_dtype)
+    h = self._before(p, "ffn", read, compute)
     key = None if at.key is None else jax.random.fold_in(at.key, 2)
     y, report = self.ffn(p["ffn"], h, compute, key)
     return self._join(p, "ffn", x, y, at, 1), report
 
-  def _before(self, p, name: str, x: Array) -> Array:
+  def _before(self, p, name: str, x: Array, compute: Compute) -> Array:
     """What a branch reads: the stream, normalised where there is a norm."""
-    if self.norm is None or self.norm_last:
-      return x
-    return self.norm(p[name + "_norm"], x)
+    if self.norm is not None and not self.norm_last:
+      x = self.norm(p[name + "_norm"], x)
+    return place(x.astype(compute.jnp_dtype), BRANCH, compute)
 
   def _join(self, p, name: str, x: Array, y: Array, at: At, site: int) -> Array:
     """The stream with a branch added to it."""
@@ -306,7 +310,7 @@ def hidden(
       pattern, n, params["layers"][name], x, at, here, compute, first
     )
   x = model.norm(_gather(model, params, "norm", compute), x)
-  return x.astype(compute.jnp_dtype), out
+  return place(x.astype(compute.jnp_dtype), BRANCH, compute), out
 
 
 def embed(
