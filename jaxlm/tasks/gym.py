@@ -56,6 +56,10 @@ class Gym:
     others = (entries[(index + i) % _SIZE] for i in range(1, _OTHERS))
     answers = [*(str(other["answer"]) for other in others), *_GUESSES]
     wrong = [a for a in answers if _score(entries, entry, a) < 1]
+    if not wrong:
+      raise UserError(
+        f"{self.name} takes every response for right; choose another generator"
+      )
     answer = str(entry["answer"])
     said = {"answer": answer, "seed": seed, "index": index}
     return Example(
