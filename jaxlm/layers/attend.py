@@ -237,23 +237,25 @@ def attend_cudnn(
       bias=bias,
       moved=moved,
     )
-  form = functools.partial(
-    jax.nn.dot_product_attention,
-    scale=scale,
-    is_causal=mask.causal,
-    local_window_size=(window - 1, 0) if window else None,
-  )
   with (  # JAX's own code widens and broadcasts in silence
     jax.numpy_dtype_promotion("standard"),
     jax.numpy_rank_promotion("allow"),
   ):
-    return jax.lax.platform_dependent(
+    return jax.nn.dot_product_attention(
       q,
       k,
       v,
-      cpu=functools.partial(form, implementation="xla"),
-      cuda=functools.partial(form, implementation="cudnn"),
+      scale=scale,
+      is_causal=mask.causal,
+      local_window_size=(window - 1, 0) if window else None,
+      implementation="cudnn" if _platform() in GPUS else "xla",
     )
+
+
+def _platform() -> str:
+  """JAX's name of the devices of the mesh in force, or the default ones."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.default_backend() if device is None else device.platform
 
 
 FORMS = {
@@ -263,11 +265,9 @@ FORMS = {
   "triton": attend_triton,
   "cudnn": attend_cudnn,
 }
-KERNELS = {
-  "tpu": ("flash", "the kernel for TPUs"),
-  "gpu": ("triton", "the kernel for GPUs"),
-  "cuda": ("triton", "the kernel for GPUs"),
-}
+GPUS = ("gpu", "cuda")
+KERNELS = {"tpu": ("flash", "the kernel for TPUs")}
+KERNELS |= dict.fromkeys(GPUS, ("triton", "the kernel for GPUs"))
 
 
 def choose(compute: Compute, queries: int | None = None) -> tuple[str, str]:
@@ -288,8 +288,7 @@ def choose(compute: Compute, queries: int | None = None) -> tuple[str, str]:
       f"unknown attention {compute.attention!r}; known: auto, "
       f"{', '.join(FORMS)}"
     )
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  platform = jax.default_backend() if device is None else device.platform
+  platform = _platform()
   if platform not in KERNELS:
     return "blocks", f"plain XLA, on {platform}"
   if queries == 1:
