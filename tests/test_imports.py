@@ -27,7 +27,10 @@ _MIDDLE = (
   "workdir"
 )
 _UPPER = "evaluate explain recipe rl"
-_PROGRAMS = "host program convert train serve generate.__main__ tasks.__main__"
+_PROGRAMS = (
+  "host program convert train serve generate.__main__ tasks.__main__ "
+  "evaluate.__main__"
+)
 
 MAY: dict[str, str] = {
   "errors": "",
