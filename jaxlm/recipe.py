@@ -24,6 +24,7 @@ from jaxlm.models.decoder import Decoder
 from jaxlm.objectives import OBJECTIVES, Objective
 from jaxlm.optim import Muon, Optimizer, Schedule, make, make_schedule
 from jaxlm.optim.guards import skip_spikes
+from jaxlm.optim.spread import sharded
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.parallel.rules import Rules, preset
 from jaxlm.state import LossFn, TrainState, create, make_step
@@ -133,7 +134,7 @@ def mesh(
   """
   made = make_mesh(rules(config), config.parallel.mesh, devices)
   rows, parts = config.batch_size, config.accumulate
-  ways = made.shape["data"] * made.shape["fsdp"]
+  ways = rules(config).ways("batch", made)
   if rows % (parts * ways):
     raise UserError(
       f"batch_size={rows} does not divide into accumulate={parts} parts on "
@@ -194,7 +195,9 @@ def optimizer(config: Config, tree: Any, lr: Schedule) -> Any:
       balance=o.balance,
     ),
   )
-  return skip_spikes(tx, config.spike_skip) if config.spike_skip else tx
+  if config.spike_skip:
+    tx = skip_spikes(tx, config.spike_skip)
+  return sharded(tx, tree, rules(config))
 
 
 def objective(config: Config) -> Objective:
@@ -234,6 +237,11 @@ def loss(config: Config, model: Decoder) -> LossFn:
 
 def step(config: Config, model: Decoder, tx: Any, steps: int = 1) -> Callable:
   """The compiled training step of `jaxlm.state.make_step`."""
+  tree = objective(config).trained.params(model)
+
+  def sums(grads: Any) -> Any:
+    return param.move(grads, tree, rules(config).gradient_spec)
+
   return make_step(
     loss(config, model),
     tx,
@@ -241,6 +249,7 @@ def step(config: Config, model: Decoder, tx: Any, steps: int = 1) -> Callable:
     accumulate=config.accumulate,
     steps=steps,
     ema_decay=config.ema,
+    sums=sums,
   )
 
 
@@ -261,13 +270,17 @@ def fresh_state(
     base: parameters of the model to begin with; None makes them.
   """
   trained = objective(config).trained
-  places = param.shardings(trained.params(model), mesh, rules(config))
+  tree, table = trained.params(model), rules(config)
+  places = param.shardings(tree, mesh, table)
 
   @jax.jit
   def fresh(base: Any) -> TrainState:
     params = trained.start(model, jax.random.key(config.seed), base)
     params = jax.tree.map(jax.sharding.reshard, params, places)
-    return create(params, tx, config.ema > 0, config.precision == "float16")
+    state = create(params, tx, config.ema > 0, config.precision == "float16")
+    if state.ema is None:
+      return state
+    return state.replace(ema=param.move(state.ema, tree, table.state_spec))
 
   return fresh(base)
 

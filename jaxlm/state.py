@@ -87,6 +87,7 @@ def make_step(
   accumulate: int = 1,
   steps: int = 1,
   ema_decay: float = 0.0,
+  sums: Callable[[Tree], Tree] | None = None,
   jit: bool = True,
 ) -> Callable[[TrainState, Tree], tuple[TrainState, dict[str, Array]]]:
   """One compiled, donated call that trains `steps` steps.
@@ -100,6 +101,8 @@ def make_step(
       that k microbatches equal one big batch even where masks differ.
     steps: steps a call. Small models gain: fewer trips from Python.
     ema_decay: of the averaged parameters; 0 for none.
+    sums: moves gradients to where those of microbatches are summed (ZeRO-2);
+      None sums them where the parameters lie.
     jit: False returns the plain function, for reading and testing.
 
   Returns:
@@ -118,7 +121,7 @@ def make_step(
 
     def one(state: TrainState, batch: Tree) -> tuple[TrainState, dict]:
       key = jax.random.fold_in(jax.random.key(seed), state.step)
-      grads, metrics = _gradients(loss, state, batch, key, accumulate)
+      grads, metrics = _gradients(loss, state, batch, key, accumulate, sums)
       metrics["grad_norm"] = optax.tree.norm(grads)
       return _apply(tx, state, grads, metrics, ema_decay)
 
@@ -131,7 +134,12 @@ def make_step(
 
 
 def _gradients(
-  loss_fn: LossFn, state: TrainState, batch: Tree, key: Array, accumulate: int
+  loss_fn: LossFn,
+  state: TrainState,
+  batch: Tree,
+  key: Array,
+  accumulate: int,
+  sums: Callable[[Tree], Tree] | None = None,
 ) -> tuple[Tree, dict[str, Array]]:
   """Gradients of the mean loss over all microbatches, and joined metrics."""
   scale = jnp.float32(1.0) if state.scale is None else state.scale.value
@@ -150,7 +158,9 @@ def _gradients(
     grads, metrics = micro(jnp.int32(0), part)
     metrics = dict(metrics)
   else:
-    grads, metrics = _accumulate(micro, batch, accumulate, state.params)
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    zeros = sums(zeros) if sums else zeros
+    grads, metrics = _accumulate(micro, batch, accumulate, zeros)
   if state.scale is not None:
     grads = jax.tree.map(lambda g: g / scale, grads)
     metrics["loss_scale"] = scale
@@ -158,11 +168,11 @@ def _gradients(
 
 
 def _accumulate(
-  micro: Callable, batch: Tree, n: int, params: Tree
+  micro: Callable, batch: Tree, n: int, zeros: Tree
 ) -> tuple[Tree, dict[str, Any]]:
   """Weighted mean of gradients and metrics over `n` microbatches.
 
-  Gradients lie as `params` do, and so must what they are summed in.
+  Gradients are summed where `zeros` lie.
   """
 
   def add(total: Tree, part: tuple) -> tuple[Tree, dict]:
@@ -172,7 +182,6 @@ def _accumulate(
     return total, dict(metrics)
 
   numbers = jnp.arange(n, dtype=jnp.int32)
-  zeros = jax.tree.map(jnp.zeros_like, params)
   grads, parts = jax.lax.scan(add, zeros, (numbers, batch))
 
   weights = parts.pop("weight")

@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.parallel.rules import Rules
 
@@ -220,10 +220,27 @@ def gather(arrays: Tree, tree: Tree, rules: Rules | None, dtype: DType) -> Tree:
   mesh = jax.sharding.get_abstract_mesh()
   if rules is None or mesh.empty or mesh.size == 1:
     return arrays
+  arrays = map_params(lambda p, x: x.astype(p.compute or dtype), tree, arrays)
+  return move(arrays, tree, rules.computed_spec)
+
+
+def move(
+  arrays: Tree, tree: Tree, spec: Callable[..., PartitionSpec] | None
+) -> Tree:
+  """Arrays like the parameters, moved on the current mesh.
+
+  Args:
+    arrays: one for each Param of `tree`.
+    tree: says what their dimensions mean.
+    spec: `(axes, shape, mesh)` to where they go, a method of the rules:
+      `rules.state_spec`, for example. None leaves them.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if spec is None or mesh.empty or mesh.size == 1:
+    return arrays
 
   def one(p: Param, x: Array) -> Array:
-    x = x.astype(p.compute or dtype)
-    return jax.sharding.reshard(x, rules.computed_spec(p.axes, p.shape, mesh))
+    return jax.sharding.reshard(x, spec(p.axes, p.shape, mesh))
 
   return map_params(one, tree, arrays)
 

@@ -1,12 +1,17 @@
-"""Whole matrices on each device: how Muon works on sharded parameters.
+"""Where an optimizer works: on shares of parameters, or on whole matrices.
 
-FSDP and tensor parallelism cut each matrix; orthogonalising needs it whole.
-But layers (and experts, and heads) stack many matrices of one shape, so the
-cut is turned by a quarter: from inside the matrices to between them. Each
-device then has some matrices whole, works on those alone, and the result is
-cut again as the parameter was. Nothing is computed twice and two all-to-alls
-travel per array, as in Moonlight's distributed Muon (arXiv:2502.16982) and
-Dion's reference (arXiv:2504.05295).
+`sharded` is ZeRO-1 (arXiv:1910.02054): parameters may be whole everywhere, but
+each device keeps the optimizer's state of its share alone, updates that share,
+and gets the other updates from the others.
+
+`on_whole_matrices` is how Muon works on sharded parameters. FSDP and tensor
+parallelism cut each matrix; orthogonalising needs it whole. But layers (and
+experts, and heads) stack many matrices of one shape, so the cut is turned by a
+quarter: from inside the matrices to between them. Each device then has some
+matrices whole, works on those alone, and the result is cut again as the
+parameter was. Nothing is computed twice and two all-to-alls travel per array,
+as in Moonlight's distributed Muon (arXiv:2502.16982) and Dion's reference
+(arXiv:2504.05295).
 """
 
 import math
@@ -14,9 +19,47 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import AxisType, PartitionSpec
 
+from jaxlm.layers.param import Tree, move
+from jaxlm.parallel.rules import Rules
+
 Array = jax.Array
+
+
+def sharded(
+  tx: optax.GradientTransformation, tree: Tree, rules: Rules
+) -> optax.GradientTransformation:
+  """`tx`, working where the rules say that the optimizer's state lies.
+
+  Args:
+    tx: any transformation.
+    tree: the `Param` of every parameter it sees.
+    rules: where they have no table of their own for the state, this is `tx`.
+
+  Returns:
+    A transformation of the same numbers. `init` makes the state where it is to
+    lie; `update` takes each device's share of gradients and parameters (where
+    they are reduced over the devices, XLA may then reduce-scatter them), and
+    gathers the updates to where the parameters are.
+  """
+  if rules.state is None:
+    return tx
+  tx = optax.with_extra_args_support(tx)
+
+  def share(arrays: Tree) -> Tree:
+    return move(arrays, tree, rules.state_spec)
+
+  def init(params: Tree) -> Tree:
+    return tx.init(share(params))
+
+  def update(grads, state, params=None, **extra):
+    params = None if params is None else share(params)
+    updates, state = tx.update(share(grads), state, params, **extra)
+    return move(updates, tree, rules.stored_spec), state
+
+  return optax.GradientTransformationExtraArgs(init, update)
 
 
 def on_whole_matrices(
