@@ -100,7 +100,7 @@ def _save_hub(
   config = family.config(model) | {"dtype": widest} | _special_ids(tokenizer)
   if "quantization_config" in config:  # one kind is written: ternary
     made = packed.Packed(made, made.shapes)
-  with _new_folder(path) as folder:
+  with new_folder(path) as folder:
     _write_shards(folder, made, shard_size)
     if tokenizer is not None:
       tokenizer.save(folder)
@@ -220,7 +220,7 @@ def _write_shards(
 
 
 @contextlib.contextmanager
-def _new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path) -> Iterator[Path]:
   """A folder to fill, which becomes `path` when all of it is on the disk."""
   if path.exists() and (not path.is_dir() or any(path.iterdir())):
     raise UserError(f"{path} exists already; choose another place")
