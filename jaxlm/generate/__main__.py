@@ -100,7 +100,7 @@ def main(argv: Sequence[str]) -> None:
   if requests is not None:
     many(flags, writer, found, requests)
   elif flags.chat:
-    chat(flags, Chat(writer, _template(flags.template, found.template)))
+    chat(flags, Chat(writer, find_template(flags.template, found.template)))
   elif prompt is None:
     converse(writer)
   elif flags.no_stream or not writer.method.streams:
@@ -275,7 +275,7 @@ def _unescaped(text: str) -> str:
   return re.sub(r"\\([nt\\])", lambda found: meant[found[1]], text)
 
 
-def _template(name: str | None, own: ChatTemplate | None) -> ChatTemplate:
+def find_template(name: str | None, own: ChatTemplate | None) -> ChatTemplate:
   """The template that is asked for, or else the model's own."""
   if name is None and own is None:
     raise UserError(
@@ -307,7 +307,7 @@ def many(
   """Continues the prompts of a file."""
   template = found.template
   if flags.template is not None:
-    template = _template(flags.template, template)
+    template = find_template(flags.template, template)
   batches = batch.Batches(
     writer,
     template,

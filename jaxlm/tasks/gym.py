@@ -14,6 +14,7 @@ from typing import Any
 from jaxlm.errors import UserError
 from jaxlm.tasks.task import Example
 
+PREFIX = "gym:"
 _SIZE = 2**31 - 1  # as many numbers as an index can be
 _OTHERS = 8  # entries whose answers are tried as wrong ones, and then
 _GUESSES = ("False", "True", "0", "-")
@@ -23,8 +24,8 @@ _GUESSES = ("False", "True", "0", "-")
 class Gym:
   """One generator.
 
-  `Example.answer` is JSON: the answer, and seed and index of the entry, from
-  which the scorer makes it again.
+  `Example.answer` is JSON: the answer, and from what the scorer makes the
+  entry again: generator, options, seed and index.
 
   Attributes:
     generator: its name in reasoning-gym.
@@ -37,7 +38,7 @@ class Gym:
   @property
   def name(self) -> str:
     """The generator's name, with a prefix."""
-    return f"gym:{self.generator}"
+    return f"{PREFIX}{self.generator}"
 
   @property
   def skills(self) -> tuple[str, ...]:
@@ -61,7 +62,8 @@ class Gym:
         f"{self.name} takes every response for right; choose another generator"
       )
     answer = str(entry["answer"])
-    said = {"answer": answer, "seed": seed, "index": index}
+    said = {"answer": answer, "generator": self.generator}
+    said |= {"options": self.options, "seed": seed, "index": index}
     return Example(
       prompt=entry["question"],
       response=answer,
@@ -73,9 +75,7 @@ class Gym:
 
   def score(self, example: Example, response: str) -> float:
     """As `Task.score`, by the generator's own scorer."""
-    said = json.loads(example.answer)
-    entries = _entries(self.generator, self.options, said["seed"])
-    return _score(entries, entries[said["index"] % _SIZE], response)
+    return score(example, response)
 
 
 def make(generator: str, **options: Any) -> Gym:
@@ -92,6 +92,14 @@ def make(generator: str, **options: Any) -> Gym:
       "choose another generator"
     )
   return made
+
+
+def score(example: Example, response: str) -> float:
+  """How right a response is, by the generator that the example is of."""
+  said = json.loads(example.answer)
+  options = tuple((name, value) for name, value in said["options"])
+  entries = _entries(said["generator"], options, said["seed"])
+  return _score(entries, entries[said["index"] % _SIZE], response)
 
 
 @functools.lru_cache(maxsize=32)

@@ -11,8 +11,6 @@ from jaxlm.tasks import gym, rows
 from jaxlm.tasks.skills import GROUPS, SKILLS
 from jaxlm.tasks.task import Generated, Mix, Task
 
-GYM = "gym:"
-
 
 def make(name: str, **options: Any) -> Task:
   """The task of a name.
@@ -36,8 +34,8 @@ def make(name: str, **options: Any) -> Task:
   """
   parts = [p.strip() for p in str(name).split(",")]
   wanted = list(dict.fromkeys(s for p in parts for s in GROUPS.get(p, (p,))))
-  if len(wanted) == 1 and wanted[0].startswith(GYM):
-    return gym.make(wanted[0].removeprefix(GYM), **options)
+  if len(wanted) == 1 and wanted[0].startswith(gym.PREFIX):
+    return gym.make(wanted[0].removeprefix(gym.PREFIX), **options)
   levels = _levels(options)
   made = [_one(part, levels, options) for part in wanted]
   skills = [task.skill for task in made if isinstance(task, Generated)]
@@ -57,8 +55,8 @@ def _one(
   """The task of a name without commas."""
   if name in SKILLS:
     return _generated(name, levels, options)
-  if name.startswith(GYM):
-    return gym.make(name.removeprefix(GYM))
+  if name.startswith(gym.PREFIX):
+    return gym.make(name.removeprefix(gym.PREFIX))
   if any(kind in Path(name).suffixes for kind in rows.KINDS):
     return rows.read(name)
   known = [*SKILLS, *GROUPS]

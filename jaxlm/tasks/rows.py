@@ -25,7 +25,7 @@ from typing import Any
 
 from jaxlm import files
 from jaxlm.errors import UserError
-from jaxlm.tasks import task
+from jaxlm.tasks import gym, task
 from jaxlm.tasks.skills import SKILLS
 from jaxlm.tasks.task import Draw, Example
 
@@ -75,6 +75,8 @@ class Listed:
 
   def score(self, example: Example, response: str) -> float:
     """As the skill judges, if it is one of ours; else 1 for the very answer."""
+    if example.skill.startswith(gym.PREFIX):
+      return gym.score(example, response)
     if example.skill in SKILLS:
       return SKILLS[example.skill]().score(example.answer, response)
     return task.last(example.answer, response)
