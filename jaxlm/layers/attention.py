@@ -9,7 +9,13 @@ import jax.numpy as jnp
 from jaxlm.errors import UserError
 from jaxlm.layers import cache as kv
 from jaxlm.layers.at import At
-from jaxlm.layers.attend import Moved, attend, largest_logits
+from jaxlm.layers.attend import (
+  Moved,
+  attend,
+  attend_pages,
+  in_place,
+  largest_logits,
+)
 from jaxlm.layers.compute import DEFAULT, Compute
 from jaxlm.layers.linear import dot
 from jaxlm.layers.mask import Causal, Mask
@@ -304,6 +310,10 @@ class Attention:
       none = jnp.full_like(where, -1)
       new["blocks"] = none if at.blocks is None else at.blocks
     seen, cache = kv.extend(cache, new, where, self.mask, compute)
+    if in_place(kind, q, compute) and not isinstance(
+      self.position, RelativeBias
+    ):  # what was read is then not read after all
+      return self._follow(p, q, cache, where, compute), cache
     k, v = seen["k"].astype(q.dtype), seen["v"].astype(q.dtype)
     keys = At(positions=seen["positions"], blocks=seen.get("blocks"))
     near, moved = kind.near(where), None
@@ -312,6 +322,21 @@ class Attention:
       moved = Moved(first, near, kv.window_of(kind).sinks)
     mask = kind.sees(self.mask)
     return self.weigh(p, q, k, v, at, keys, compute, mask, moved), cache
+
+  def _follow(self, p, q, cache, where, compute: Compute) -> Array:
+    """One query per row, to the pages of the cache where they lie."""
+    alibi = isinstance(self.position, Alibi)
+    return attend_pages(
+      q[:, 0],
+      cache,
+      where[:, 0],
+      self.mask,
+      scale=self.width**-0.5 if self.scale is None else self.scale,
+      softcap=self.softcap,
+      sinks=p["sinks"].astype(jnp.float32) if self.sinks else None,
+      slopes=self.position.slopes(self.heads) if alibi else None,
+      compute=compute,
+    )[:, None]
 
 
 def _where(x: Array, at: At) -> Array:
