@@ -12,8 +12,8 @@ def metrics(found: Mapping[str, Estimate]) -> str:
   """A line for each metric.
 
   >>> print(metrics({"exact": Estimate(68.0, 65.58, 70.5)}))
-  metric   value          95 %
-  exact     68.0  65.6 to 70.5
+  metric  value          95 %
+  exact    68.0  65.6 to 70.5
   """
   rows = [("metric", "value", "95 %")]
   rows += [(name, _number(e.value), _range(e)) for name, e in found.items()]
