@@ -138,6 +138,8 @@ SCHEMA: dict[str, Any] = {
 OPEN = {
   "model": "what the family's function takes",
   "objective": "name: next_token, sft, ...; and what it takes",
+  "ppo": "the fields of jaxlm.rl.options.PPO",
+  "grpo": "the fields of jaxlm.rl.options.GRPO",
 }
 
 # What a run may change when it goes on: nothing here touches what is learned

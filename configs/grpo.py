@@ -1,0 +1,49 @@
+"""GRPO on two-digit sums, from a model that answers some of them.
+
+    python -m jaxlm.rl.grpo --config=configs/grpo.py
+
+Switch: `--config.method=grpo|dr_grpo|dapo|gspo|rloo|reinforce`.
+"""
+
+from jaxlm.config import default_config
+
+METHODS = {
+  "grpo": {"over": "sequence"},
+  "dr_grpo": {"over": "constant", "scale": "none"},
+  "dapo": {"clip_high": 0.28, "rounds": 3},
+  "gspo": {
+    "ratio": "sequence",
+    "over": "sequence",
+    "clip_low": 3e-4,
+    "clip_high": 4e-4,
+  },
+  "rloo": {"advantage": "loo"},
+  "reinforce": {"advantage": "reinforce"},
+}
+
+
+def get_config(method: str = "dapo"):
+  config = default_config()
+  config.model.path = "runs/sft"
+  config.steps = 100
+  config.seq_len = 32
+  config.batch_size = 128
+  config.unroll = True
+  config.log_every = 5
+  config.eval_every = 50
+  config.checkpoint_every = 50
+
+  config.optimizer.lr = 1e-3
+  config.optimizer.warmup = 5
+  config.optimizer.schedule = "constant"
+  config.optimizer.weight_decay = 0.0
+  config.optimizer.b2 = 0.99
+
+  config.grpo.task = "add"
+  config.grpo.levels = "2"
+  config.grpo.prompts = 16
+  config.grpo.samples = 8
+  config.grpo.tokens = 6
+  for name, value in METHODS[method].items():
+    config.grpo[name] = value
+  return config

@@ -1,0 +1,279 @@
+"""How a run of PPO or GRPO begins, or goes on: what both programs need first.
+
+Functions, not a trainer: each program calls them in its own order.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import FrozenConfigDict
+
+from jaxlm import values, workdir
+from jaxlm.checkpoint import Checkpoints
+from jaxlm.config import check_continues, read, to_json
+from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.errors import UserError
+from jaxlm.files import replace
+from jaxlm.interop.load import load_all
+from jaxlm.layers import param
+from jaxlm.layers.compute import Compute
+from jaxlm.metrics import Log
+from jaxlm.models.decoder import Decoder
+from jaxlm.optim import Schedule, make_schedule
+from jaxlm.rl import guards, questions
+from jaxlm.rl.advantages import Running, seen
+from jaxlm.rl.options import Options
+from jaxlm.rl.questions import Questions
+from jaxlm.rl.rewards import Learned, Reward, Verifier
+from jaxlm.rl.rollout import Actor, Draw, scored
+from jaxlm.state import TrainState, create
+from jaxlm.tasks import examples
+
+Array = jax.Array
+Tree = Any
+HELD_OUT_SEED = 1  # of the questions that evaluations ask, in every run
+
+
+def claim(workdir: Path, config: FrozenConfigDict) -> None:
+  """Makes the workdir this config's, or checks that it already is.
+
+  Raises:
+    UserError: if it is another's, or cannot be written.
+  """
+  if (workdir / "config.json").exists():
+    check_continues(read(workdir), config, workdir)
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    replace(workdir / "config.json", to_json(config))
+  except OSError as error:
+    raise UserError(
+      f"cannot write to {workdir} ({error.strerror}); choose another --workdir"
+    ) from error
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+  """What a run begins with, and is held to: the frozen reference.
+
+  Attributes:
+    model: of reference and policy.
+    params: of the reference, float32; never trained.
+    tokenizer: of both.
+    eos: the token that ends a response.
+  """
+
+  model: Decoder
+  params: Tree
+  tokenizer: Tokenizer
+  eos: int
+
+
+def begin(config: FrozenConfigDict, path: Path) -> Base:
+  """Loads what is to be trained; the run at `path` keeps it as `reference`.
+
+  Raises:
+    UserError: if there is nothing to load, or it cannot act.
+  """
+  kept = path / "reference"
+  if not (kept / "model.json").exists():
+    origin = config.model.get("path")
+    if origin is None:
+      raise UserError(
+        "config.model.path names the model to begin with, for example that of "
+        "python -m jaxlm.train --config=configs/sft.py"
+      )
+    model, params, tokenizer = load_all(Path(str(origin)).expanduser())
+    if not isinstance(model, Decoder) or tokenizer is None:
+      raise UserError(f"{origin} is no decoder with a tokenizer beside it")
+    questions.end_of(tokenizer)
+    workdir.save(kept, model, params, tokenizer)
+    replace(path / "model.json", values.to_json(model))
+    tokenizer.save(path)
+  model, params, tokenizer = load_all(kept)
+  return Base(model, params, tokenizer, questions.end_of(tokenizer))
+
+
+def ask(
+  config: FrozenConfigDict, options: Options, base: Base
+) -> tuple[Questions, Questions]:
+  """Questions to train on and questions held out; tells what was left out.
+
+  Raises:
+    UserError: if the model has no room for a prompt and a response.
+  """
+  most = min(config.seq_len, base.model.max_positions)
+  room = most - options.tokens
+  if room < 1:
+    raise UserError(
+      f"tokens={options.tokens} leaves no room for a prompt in a context of "
+      f"{most}; allow fewer, or raise seq_len"
+    )
+  task, encode = options.made(), base.tokenizer.encode
+  found = []
+  for split, n, seed in (
+    ("train", options.questions, config.seed),
+    ("test", options.held_out, HELD_OUT_SEED),
+  ):
+    asked = questions.encoded(examples(task, split, n, seed), encode, room)
+    left = f", {asked.skipped} too long and left out" if asked.skipped else ""
+    print(f"{split:8} {len(asked):,} questions of {task.name}{left}")
+    found.append(asked)
+  return found[0], found[1]
+
+
+def reward_of(options: Options) -> Reward:
+  """The scorer of the task, or the reward model in a workdir."""
+  if options.reward == "verifier":
+    return Verifier(options.made())
+  return Learned.load(options.reward)
+
+
+def schedule(config: FrozenConfigDict, updates: int) -> Schedule:
+  """The learning rate by update, of which a step makes `updates`."""
+  o, steps = config.optimizer, max(config.steps, 1)
+  return make_schedule(
+    o.schedule,
+    o.lr,
+    steps * updates,
+    o.warmup * updates,
+    o.end_lr,
+    o.decay_share,
+  )
+
+
+# --- State ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Memory:
+  """What a run knows beside the state of its optimizer.
+
+  Attributes:
+    step: rollouts done.
+    beta: weight of the KL penalty, where a controller moves it.
+    running: count, mean and squares of all rewards so far.
+    first: metrics of the first step, which guards compare with.
+  """
+
+  step: int = 0
+  beta: float = 0.0
+  running: tuple[float, float, float] = (0.0, 0.0, 0.0)
+  first: Mapping[str, float] = field(default_factory=dict)
+
+  @property
+  def rewards(self) -> Running:
+    """`running` as arrays."""
+    return Running(*(jnp.float32(x) for x in self.running))
+
+  def after(
+    self, now: Mapping[str, float], earned: np.ndarray, beta: float = 0.0
+  ) -> "Memory":
+    """One step later: metrics `now`, rewards `earned` [rows]."""
+    r = seen(self.rewards, jnp.asarray(earned))
+    running = (float(r.count), float(r.mean), float(r.squares))
+    return Memory(self.step + 1, beta, running, self.first or dict(now))
+
+  def json(self) -> dict[str, Any]:
+    """As a checkpoint keeps it."""
+    first = {k: float(v) for k, v in self.first.items()}
+    return vars(self) | {"first": first}
+
+
+def fresh(
+  actor: Actor, params: Tree, tx: Any, config: FrozenConfigDict
+) -> TrainState:
+  """The state of step 0: the policy is the reference, the critic is new.
+
+  A critic of its own begins as a copy of the policy, whose layers know the
+  language already; its head begins with zeros.
+  """
+  tree = actor.params()
+
+  @jax.jit
+  def make(params: Tree) -> TrainState:
+    # Copies: the step gives its buffers away, and the reference stays.
+    params = jax.tree.map(jnp.copy, params)
+    if actor.critic is not None:
+      copy = {k: params[k] for k in tree["critic"]}
+      params = params | {"critic": jax.tree.map(jnp.copy, copy)}
+    if actor.value is not None:
+      head = {"value": tree["value"]}
+      params = params | param.init(head, jax.random.key(config.seed))
+    return create(params, tx, config.ema > 0)
+
+  return make(params)
+
+
+def checkpoints(config: FrozenConfigDict, path: Path) -> Checkpoints:
+  """Those of the run at `path`; the best has the highest score held out."""
+  best = "val_loss" if config.checkpoint.best else None
+  return Checkpoints(path / "checkpoints", config.checkpoint.keep, best)
+
+
+def log(config: FrozenConfigDict, path: Path, step: int) -> Log:
+  """The log of the run at `path`, which goes on from `step`."""
+  return Log(
+    path,
+    tensorboard=config.log.tensorboard,
+    wandb=config.log.wandb is not None,
+    config=config.to_dict(),
+    step=step,
+  )
+
+
+def due(step: int, every: int, steps: int) -> bool:
+  """True at every multiple of `every` (0: of nothing), and at the end."""
+  return step == steps or (every > 0 and step % every == 0)
+
+
+def restored(
+  checkpoints: Checkpoints, state: TrainState
+) -> tuple[TrainState, Memory]:
+  """State and memory of the newest good checkpoint."""
+  like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+  found = checkpoints.restore(like)
+  data = found.data | {"running": tuple(found.data["running"])}
+  return found.state, Memory(**data)
+
+
+def check(
+  loss_fn: Callable,
+  actor: Actor,
+  params: Tree,
+  batch: dict[str, Any],
+  draw: Draw,
+  config: FrozenConfigDict,
+  compute: Compute,
+) -> None:
+  """What is tried once, with the first rollout: padding and accumulation.
+
+  Raises:
+    UserError: if either changes a number.
+  """
+  r = batch["rollout"]
+
+  def said(tokens: np.ndarray) -> Array:
+    return scored(actor, params, r.replace(tokens=tokens), draw, compute).logp
+
+  vocab = actor.model.vocab
+  guards.check_padding(said, r.tokens, r.mask, r.starts, vocab)
+  if config.accumulate > 1:
+    size, n = config.batch_size, config.accumulate
+
+    @jax.jit
+    def of(part: Tree) -> tuple[Array, Array]:
+      loss, told = loss_fn(params, part, None)
+      return loss, told["weight"]
+
+    whole = jax.tree.map(lambda x: x[:size], batch)
+    parts = [
+      of(jax.tree.map(lambda x, i=i: x[i : i + size // n], whole))
+      for i in range(0, size, size // n)
+    ]
+    numbers = [(float(x), float(w)) for x, w in parts]
+    guards.check_accumulation(float(of(whole)[0]), numbers)
