@@ -35,7 +35,8 @@ def chunked_cross_entropy(
 
   Positions are taken `chunk` at a time; the backward pass makes each chunk's
   logits again. Memory for logits falls from batch x seq x vocab to batch x
-  chunk x vocab, and rows may stay sharded.
+  chunk x vocab. Batch and rows may stay sharded: devices that share a row each
+  take their share of a chunk.
 
   Args:
     x: hidden states `[batch, seq, dim]`.
@@ -48,13 +49,17 @@ def chunked_cross_entropy(
     `(loss, log_z)`, both float32 `[batch, seq]`.
   """
   chex.assert_rank([x, w, targets], [3, 2, 2])
-  seq = x.shape[1]
-  n = math.ceil(seq / chunk)
-  pad = n * chunk - seq
+  each = jax.typeof(x).sharding.shard_shape(x.shape)[1]
+  ways = x.shape[1] // each
+  size = math.ceil(chunk / ways)
+  n = math.ceil(each / size)
 
   def split(a: Array) -> Array:
-    a = jnp.pad(a, ((0, 0), (0, pad)) + ((0, 0),) * (a.ndim - 2))
-    return jnp.moveaxis(a.reshape(a.shape[0], n, chunk, *a.shape[2:]), 1, 0)
+    a = a.reshape(a.shape[0], ways, each, *a.shape[2:])
+    a = jnp.pad(a, ((0, 0), (0, 0), (0, n * size - each), (0, 0))[: a.ndim])
+    a = a.reshape(*a.shape[:2], n, size, *a.shape[3:])
+    a = jnp.moveaxis(a, 2, 0)
+    return a.reshape(n, a.shape[1], ways * size, *a.shape[4:])
 
   @jax.checkpoint
   def one(_, part):
@@ -64,9 +69,13 @@ def chunked_cross_entropy(
     return None, cross_entropy(y, t)
 
   _, parts = jax.lax.scan(one, None, (split(x), split(targets)))
-  loss, log_z = (
-    jnp.moveaxis(a, 0, 1).reshape(targets.shape[0], -1)[:, :seq] for a in parts
-  )
+
+  def joined(a: Array) -> Array:
+    a = a.reshape(n, -1, ways, size)
+    a = jnp.moveaxis(a, 0, 2).reshape(a.shape[1], ways, n * size)
+    return a[:, :, :each].reshape(targets.shape)
+
+  loss, log_z = (joined(a) for a in parts)
   return loss, log_z
 
 

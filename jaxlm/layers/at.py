@@ -22,6 +22,9 @@ class At:
       the layers; None means what the cache holds of it.
     sources: the `At` of the context's tokens.
     table: learned relative biases [buckets, heads], one for all layers.
+    order: 'zigzag' where rows are split over devices and positions, though
+      given, are no more than that order (`layers/context.py`).
+    turned: whether rows are laid out in that order, whatever their positions.
   """
 
   positions: Array | None = None
@@ -31,6 +34,8 @@ class At:
   context: Array | None = None
   sources: "At | None" = None
   table: Array | None = None
+  order: str | None = struct.field(pytree_node=False, default=None)
+  turned: bool = struct.field(pytree_node=False, default=False)
 
   @property
   def aligned(self) -> bool:

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 from jaxlm.errors import UserError
 from jaxlm.layers.at import At
 from jaxlm.layers.compute import Compute, active_mesh
+from jaxlm.layers.context import attend_divided, whole_rows, written_out
 from jaxlm.layers.kernels.blocks import attend_causal
 from jaxlm.layers.kernels.flash import GPU, fits_gpu, flash_attention
 from jaxlm.layers.kernels.paged import paged_attention
@@ -96,8 +97,9 @@ def largest_logits(
   """
   t, n, h = q.shape[1:]
   scale = h**-0.5 if scale is None else scale
-  see = visible(mask, at, at, t, t)[:, None, None]
-  scores = products(q, k, None) * scale
+  keys = whole_rows(At(at.positions, at.segments, at.blocks))
+  see = visible(mask, at, keys, t, t)[:, None, None]
+  scores = products(q, whole_rows(k), None) * scale
   top = jnp.max(jnp.where(see, scores, -jnp.inf), axis=(0, 3, 4))
   return jax.lax.stop_gradient(top.reshape(n))
 
@@ -349,7 +351,9 @@ def attend(
     softcap=softcap,
   )
   slopes = None if alibi is None else alibi.slopes(q.shape[2])
-  at, keys = (At(a.positions, a.segments, a.blocks) for a in (at, keys))
+  at, keys = (
+    At(a.positions, a.segments, a.blocks, order=a.order) for a in (at, keys)
+  )
   extras = {"sinks": sinks, "slopes": slopes, "bias": bias, "moved": moved}
   if active_mesh() is None or compute.rules is None:
     return form(q, k, v, mask, at, keys, **extras)
@@ -357,9 +361,13 @@ def attend(
 
 
 def _attend_sharded(form, q, k, v, mask, at, keys, extras, compute) -> Array:
-  """Runs `form` on each device's batch and heads; no communication."""
-  heads = compute.spec(("batch", None, "heads", None), q.shape)
-  kv = compute.spec(("batch", None, "kv_heads", None), k.shape)
+  """Runs `form` on each device's batch and heads; no communication.
+
+  Unless rows are split as well: then it is `attend_divided`'s.
+  """
+  heads = compute.spec(("batch", "length", "heads", None), q.shape)
+  row = heads[1] and "length"  # one query, in a cache: keys are whole too
+  kv = compute.spec(("batch", row, "kv_heads", None), k.shape)
   one = k.shape[2] == 1  # of all queries: each device has it whole
   if kv[2] != heads[2] and not one:  # fewer than devices: repeat them first
     times = q.shape[2] // k.shape[2]
@@ -373,12 +381,15 @@ def _attend_sharded(form, q, k, v, mask, at, keys, extras, compute) -> Array:
   def rows(x: Array) -> str | None:
     return heads[0] if x.shape[0] == q.shape[0] else None
 
-  by_row = jax.tree.map(lambda x: PartitionSpec(rows(x), None), (at, keys))
+  by_row = (
+    jax.tree.map(lambda x: PartitionSpec(rows(x), heads[1]), at),
+    jax.tree.map(lambda x: PartitionSpec(rows(x), kv[1]), keys),
+  )
   at, keys = jax.tree.map(jax.sharding.reshard, (at, keys), by_row)
   each = PartitionSpec(heads[2])
   by_head = {"sinks": each, "slopes": each, "bias": None, "moved": None}
   if extras["bias"] is not None:
-    spec = PartitionSpec(rows(extras["bias"]), heads[2], None, None)
+    spec = PartitionSpec(rows(extras["bias"]), heads[2], heads[1], None)
     extras = extras | {"bias": jax.sharding.reshard(extras["bias"], spec)}
     by_head["bias"] = spec
   if extras["moved"] is not None:
@@ -388,6 +399,11 @@ def _attend_sharded(form, q, k, v, mask, at, keys, extras, compute) -> Array:
     extras, by_head["moved"] = extras | {"moved": moved}, spec
 
   def local(q, k, v, at, keys, extras):
+    if row and kv[1]:
+      return attend_divided(
+        form, q, k, v, mask, at, keys, extras, kv[1], compute
+      )
+    at = at if heads[1] is None else written_out(at, q.shape[1], heads[1])
     return form(q, k, v, mask, at, keys, **extras)
 
   return jax.shard_map(

@@ -35,6 +35,8 @@ class Compute:
       False scans over the layers (compile time does not grow with depth).
     attention: which implementation of `attend` ('auto', 'reference',
       'blocks', 'flash' for TPUs, 'triton' and 'cudnn' for GPUs).
+    context: how keys reach the queries of a row that is split over devices:
+      they travel ('ring'), or all come at once ('gather').
     rules: the sharding rule table, None on one device.
     watch: attention also reports the largest logit of each head, which costs
       another product of queries and keys (QK clip needs it).
@@ -45,6 +47,7 @@ class Compute:
   remat: str = "none"
   unroll: bool = False
   attention: str = "auto"
+  context: str = "ring"
   rules: Rules | None = None
   watch: bool = False
 

@@ -18,6 +18,7 @@ from jaxlm.layers.at import At
 from jaxlm.layers.attention import Attention
 from jaxlm.layers.cache import FULL
 from jaxlm.layers.compute import DEFAULT, Compute, active_mesh
+from jaxlm.layers.context import divide, restore
 from jaxlm.layers.dropout import dropout
 from jaxlm.layers.latent import LatentAttention
 from jaxlm.layers.linear import dot
@@ -186,6 +187,13 @@ class Decoder:
     """All blocks in order, repeats written out."""
     return tuple(b for pattern, n in self.layers for b in pattern * n)
 
+  @property
+  def draws(self) -> bool:
+    """Whether training draws at random: dropout, or a router with noise."""
+    routers = (getattr(b.ffn, "router", None) for b in self.blocks)
+    noisy = any(getattr(router, "noise", False) for router in routers)
+    return noisy or any(x.dropout for x in (self, *self.blocks))
+
   def params(self) -> dict[str, Any]:
     """`embed`, `layers/<segment>/<place in pattern>`, `norm`, `head`."""
     table = Param(
@@ -296,6 +304,8 @@ def hidden(
   `[segment][place in pattern]`, dicts of arrays stacked over the repeats.
   """
   at = At() if at is None else at
+  if cache is None:
+    tokens, at = divide(tokens, at, compute, turn=_turns(model, at))
   if cache is not None and at.segments is not None:
     raise UserError(
       "rows with segments are packed for training, and a cache remembers one "
@@ -310,7 +320,19 @@ def hidden(
       pattern, n, params["layers"][name], x, at, here, compute, first
     )
   x = model.norm(_gather(model, params, "norm", compute), x)
-  return place(x.astype(compute.jnp_dtype), BRANCH, compute), out
+  x = place(x.astype(compute.jnp_dtype), BRANCH, compute)
+  return restore(x, at, compute), out
+
+
+def _turns(model: Decoder, at: At) -> bool:
+  """Whether tokens of a row may change places: all that is asked is positions.
+
+  A recurrence asks who comes before, and a random draw goes by place: it would
+  fall on another token than on one device.
+  """
+  asks = (Attention, LatentAttention)
+  still = all(isinstance(b.mixer, asks) for b in model.blocks)
+  return still and (at.key is None or not model.draws)
 
 
 def embed(

@@ -198,6 +198,11 @@ PARTS: dict[str, Rules] = {
     activations=(*_BATCH, *_TENSOR, ("seq", ("context", "tensor"))),
     mesh=(("tensor", -1),),
   ),
+  # Rows are split: a device has its share of the positions all the way, and
+  # attention goes around (arXiv:2310.01889).
+  "cp": Rules(
+    activations=(*_BATCH, ("seq", "context")), mesh=(("context", -1),)
+  ),
   # Experts are split, and tokens travel to them (arXiv:2006.16668).
   "ep": Rules(stored=_EXPERTS, computed=_EXPERTS, mesh=(("expert", -1),)),
 }
