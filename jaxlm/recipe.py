@@ -204,7 +204,7 @@ def objective(config: Config) -> Objective:
   """What `config.objective` says is to be minimised, over what, in what.
 
   Its keys are the parameters of the function of that name; `chunk` comes from
-  `config.loss_chunk`.
+  `config.loss_chunk`, and `seq_len` from there.
 
   Raises:
     UserError: for an unknown objective, or keys that it does not take.
@@ -216,7 +216,8 @@ def objective(config: Config) -> Objective:
     raise UserError(f"no objective {name!r}{hint}")
   make = OBJECTIVES[name]
   takes = inspect.signature(make).parameters
-  given = {"chunk": config.loss_chunk} if "chunk" in takes else {}
+  implied = {"chunk": config.loss_chunk, "seq_len": config.seq_len}
+  given = {k: v for k, v in implied.items() if k in takes}
   return configs.call(
     make, config.objective, "objective", ("name",), name, **given
   )

@@ -381,7 +381,8 @@ def _told(
   found: dict[str, float], counts: dict[str, float]
 ) -> dict[str, float]:
   """What is told of an evaluation; of text also the loss in bits per byte."""
-  told = {k: v for k, v in found.items() if k != "perplexity"}
+  told = {"loss": found["loss"]}
+  told |= {k: v for k, v in found.items() if k != "perplexity"}
   if "val_bytes" in counts:
     width = counts["val_bytes"] / counts["val_tokens"]
     told["bits_per_byte"] = bits_per_byte(told["loss"], width)

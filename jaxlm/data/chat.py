@@ -82,11 +82,24 @@ ALPACA = """\
 
 PLAIN = """\
 {%- for message in messages %}
-{{- message.role | capitalize ~ ": " ~ message.content ~ "\\n" }}
+{{- message.role | capitalize ~ ": " ~ message.content }}
+{%- if message.role == "assistant" %}
+{{- eos_token }}
+{%- endif %}
+{{- "\\n" }}
 {%- endfor %}
 {%- if add_generation_prompt %}
 {{- "Assistant:" }}
 {%- endif %}
+"""
+
+BARE = """\
+{%- for message in messages %}
+{{- message.content }}
+{%- if message.role == "assistant" %}
+{{- eos_token }}
+{%- endif %}
+{%- endfor %}
 """
 
 TEMPLATES = {
@@ -95,6 +108,7 @@ TEMPLATES = {
   "llama3": LLAMA3,
   "alpaca": ALPACA,
   "plain": PLAIN,
+  "bare": BARE,
 }
 
 ROLES = ("system", "user", "assistant", "tool", "developer", "model")

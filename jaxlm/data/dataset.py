@@ -216,6 +216,27 @@ def held_out(lengths: np.ndarray, fraction: float) -> np.ndarray:
 # --- Tokenizers -------------------------------------------------------------
 
 
+def tokenizer_for(
+  texts: Sequence[str],
+  tokenizer: str | Tokenizer = "bpe",
+  vocab: int = 4096,
+  specials: Sequence[str] = (EOT,),
+) -> Tokenizer:
+  """A tokenizer that is given, or one that is made from some texts.
+
+  Args:
+    texts: what it is trained on, or has the characters of.
+    tokenizer: as for `prepare`.
+    vocab: as for `prepare`.
+    specials: special tokens of one that is made.
+
+  Raises:
+    UserError: as `prepare`.
+  """
+  given = _given(tokenizer)
+  return given or _made(tokenizer, vocab, (_split(texts, None, 0.0),), specials)
+
+
 def _given(name: str | Tokenizer) -> Tokenizer | None:
   """The tokenizer in a file or folder; None for the kinds that are made."""
   if isinstance(name, Tokenizer):

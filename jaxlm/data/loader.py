@@ -84,14 +84,14 @@ class Batches:
   """An endless random-access sequence of batches; see `batches`."""
 
   sources: tuple
-  mix: "_Mix"
+  mix: "_Mix | None"  # only asked where there are several
   batch_size: int
   rows: np.ndarray
   seed: int
 
   def __getitem__(self, step: int) -> Batch:
     """This process's rows of the global batch number `step` (from 0)."""
-    bits = _bits(self.batch_size, self.seed, step)[self.rows]
+    bits = random_bits(self.batch_size, self.seed, step)[self.rows]
     numbers = step * self.batch_size + self.rows
     if len(self.sources) == 1:
       return self.sources[0].take(numbers, bits)
@@ -218,26 +218,38 @@ class _PackedRows:
   def __init__(self, tokens: Tokens, seq_len: int, seed: int, source: int):
     self._ids = np.asarray(tokens.ids)
     self._layout = pack(tokens.docs, seq_len)
-    self._seq_len, self._seed, self._source = seq_len, seed, source
-    self._orders: dict[int, np.ndarray] = {}
+    self._seq_len, self._shuffle = seq_len, Shuffle(seed, 1 + source)
 
   def take(self, rows: np.ndarray, bits: np.ndarray) -> Batch:
-    epoch, place = np.divmod(rows, len(self._layout))
-    if epoch[0] == epoch[-1]:
-      chosen = self._order(int(epoch[0]))[place]
-    else:
-      pairs = zip(epoch.tolist(), place.tolist(), strict=True)
-      chosen = np.array([self._order(e)[p] for e, p in pairs])
+    chosen = self._shuffle(len(self._layout), rows)
     return render(self._ids, self._layout, chosen, self._seq_len)
 
-  def _order(self, epoch: int) -> np.ndarray:
-    """The epoch's permutation of the rows; the latest few are remembered."""
-    if epoch not in self._orders:
-      for old in sorted(self._orders)[:-1]:
-        del self._orders[old]
-      bits = _bits(len(self._layout), self._seed, epoch, 1 + self._source)
-      self._orders[epoch] = np.argsort(bits, kind="stable")
-    return self._orders[epoch]
+
+class Shuffle:
+  """Which of `count` things comes as number n: each once in every epoch."""
+
+  def __init__(self, seed: int, purpose: int = 1):
+    """`purpose` tells apart what is shuffled under one seed."""
+    self._seed, self._purpose = seed, purpose
+    self._epochs: dict[tuple[int, int], np.ndarray] = {}
+
+  def __call__(self, count: int, numbers: np.ndarray) -> np.ndarray:
+    """The things with these numbers, which are ascending, int64 [n]."""
+    epoch, place = np.divmod(numbers, count)
+    if epoch[0] == epoch[-1]:
+      return self.epoch(count, int(epoch[0]))[place]
+    pairs = zip(epoch.tolist(), place.tolist(), strict=True)
+    return np.array([self.epoch(count, e)[p] for e, p in pairs])
+
+  def epoch(self, count: int, epoch: int) -> np.ndarray:
+    """The epoch's permutation; the latest few are remembered."""
+    key = (count, epoch)
+    if key not in self._epochs:
+      for old in sorted(self._epochs)[:-1]:
+        del self._epochs[old]
+      bits = random_bits(count, self._seed, epoch, self._purpose)
+      self._epochs[key] = np.argsort(bits, kind="stable")
+    return self._epochs[key]
 
 
 class _Mix:
@@ -266,7 +278,9 @@ class _Mix:
     return source, turn * self._counts[source] + self._rank[place]
 
 
-def _bits(count: int, seed: int, index: int, purpose: int = 0) -> np.ndarray:
+def random_bits(
+  count: int, seed: int, index: int, purpose: int = 0
+) -> np.ndarray:
   """[count] random uint64, a pure function of the other arguments.
 
   Philox is counter-based: (seed, index) is its key, so no state is carried.

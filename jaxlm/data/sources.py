@@ -5,6 +5,7 @@ texts found there as often as it is asked to and keeps none of them in memory.
 Bad input ends in a UserError that names the file and the place in it.
 """
 
+import contextlib
 import dataclasses
 import glob
 import gzip
@@ -127,25 +128,54 @@ def _decode(content: bytes, file: Path) -> str:
     ) from error
 
 
+def records(
+  path: str | Path | Sequence[str | Path],
+) -> Iterator[tuple[str, dict]]:
+  """What the lines or rows under one or several paths say, each with its place.
+
+  Args:
+    path: files, folders or glob patterns, of JSON lines, parquet or Arrow.
+
+  Raises:
+    UserError: as `read`, or for a file of another kind.
+  """
+  for file in read(path).files:
+    kind = _kind(file)
+    if kind in _JSON:
+      yield from _json_records(file)
+    elif kind in _TABLE:
+      yield from _table_records(file)
+    else:
+      raise UserError(
+        f"{file} holds no records; give {', '.join((*_JSON, *_TABLE))}"
+      )
+
+
 def _json_lines(file: Path, key: str) -> Iterator[str]:
+  for where, record in _json_records(file):
+    yield _text(record.get(key), key, where, list(record))
+
+
+def _json_records(file: Path) -> Iterator[tuple[str, dict]]:
   opener = gzip.open if file.suffix == ".gz" else open
   try:
     with opener(file, "rb") as stream:
       for number, line in enumerate(stream, 1):
         if line.strip():
-          yield _json_text(line, key, f"{file}, line {number}")
+          where = f"{file}, line {number}"
+          yield where, _json_record(line, where)
   except (OSError, EOFError) as error:
     raise UserError(f"cannot read {file}: {error}") from error
 
 
-def _json_text(line: bytes, key: str, where: str) -> str:
+def _json_record(line: bytes, where: str) -> dict:
   try:
     record = json.loads(line)
   except ValueError as error:
     raise UserError(f"{where}: not a JSON value in UTF-8: {error}") from error
   if not isinstance(record, dict):
-    raise UserError(f"{where}: expected a JSON object with the key {key!r}")
-  return _text(record.get(key), key, where, list(record))
+    raise UserError(f"{where}: expected a JSON object, as in {{...}}")
+  return record
 
 
 def _text(value: object, key: str, where: str, keys: list[str]) -> str:
@@ -184,6 +214,15 @@ def _parquet(file: Path, key: str) -> Iterator[str]:
 
 
 def _arrow(file: Path, key: str) -> Iterator[str]:
+  with _arrow_table(file) as table:
+    if key not in table.column_names:
+      _text(None, key, str(file), table.column_names)
+    batches = table.select([key]).to_batches()
+    yield from _column(batches, key, file, table.column_names)
+
+
+@contextlib.contextmanager
+def _arrow_table(file: Path) -> Iterator:
   """Arrow's stream format, as `datasets.save_to_disk` writes it, or file."""
   pa = _pyarrow()
   try:
@@ -193,12 +232,31 @@ def _arrow(file: Path, key: str) -> Iterator[str]:
       except pa.ArrowInvalid:
         source.seek(0)
         table = pa.ipc.open_file(source).read_all()
-      if key not in table.column_names:
-        _text(None, key, str(file), table.column_names)
-      batches = table.select([key]).to_batches()
-      yield from _column(batches, key, file, table.column_names)
+      yield table
   except (OSError, pa.ArrowException) as error:
     raise UserError(f"cannot read {file} as Arrow: {error}") from error
+
+
+def _table_records(file: Path) -> Iterator[tuple[str, dict]]:
+  """The rows of a parquet or Arrow file."""
+  if _kind(file) == ".arrow":
+    with _arrow_table(file) as table:
+      yield from _rows(table.to_batches(), file)
+    return
+  pa = _pyarrow()
+  try:
+    yield from _rows(pa.parquet.ParquetFile(file).iter_batches(), file)
+  except (OSError, pa.ArrowException) as error:
+    raise UserError(f"cannot read {file} as parquet: {error}") from error
+
+
+def _rows(batches, file: Path) -> Iterator[tuple[str, dict]]:
+  """Every row of some record batches, with its number."""
+  number = 0
+  for batch in batches:
+    for row in batch.to_pylist():
+      yield f"{file}, row {number}", row
+      number += 1
 
 
 def _column(batches, key: str, file: Path, names: list[str]) -> Iterator[str]:

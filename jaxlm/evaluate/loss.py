@@ -23,7 +23,8 @@ def evaluate(
 
   Args:
     eval_fn: `(params, batch) -> metrics`, jitted, with `weight` among them:
-      over how many targets the others are means.
+      over how many targets the others are means. One that is a mean over
+      something else is a pair, (mean, weight).
     params: the parameters to judge.
     batches: a finite sequence, for example `jaxlm.data.windows(...)`.
     limit: read this many batches, evenly spread; 0 for all of them.
@@ -41,7 +42,10 @@ def evaluate(
     metrics = eval_fn(params, put(batches[i]))
     # What is told layer by layer is for the optimizer.
     metrics = {k: v for k, v in metrics.items() if not isinstance(v, dict)}
-    mean.add(metrics.pop("weight"), **metrics)
+    weight = metrics.pop("weight")
+    for name, value in metrics.items():
+      value, n = value if isinstance(value, tuple) else (value, weight)
+      mean.add(n, **{name: value})
   result = mean.result()
   return result | {"perplexity": math.exp(min(result["loss"], 700.0))}
 

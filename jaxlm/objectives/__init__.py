@@ -11,6 +11,7 @@ from collections.abc import Callable
 from jaxlm.objectives.likelihood import next_token, seq2seq, tokens_ahead
 from jaxlm.objectives.objective import Objective, Whole
 from jaxlm.objectives.pretrain import pretrain
+from jaxlm.objectives.sft import sft
 
 __all__ = [
   "OBJECTIVES",
@@ -19,9 +20,11 @@ __all__ = [
   "next_token",
   "pretrain",
   "seq2seq",
+  "sft",
   "tokens_ahead",
 ]
 
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
   "next_token": pretrain,
+  "sft": sft,
 }

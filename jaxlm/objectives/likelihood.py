@@ -30,6 +30,7 @@ def next_token(
   compute: Compute = DEFAULT,
   z_loss: float = 0.0,
   chunk: int = 0,
+  exact: bool = False,
 ) -> tuple[Array, Metrics]:
   """Mean negative log likelihood of each token given those before it.
 
@@ -44,9 +45,12 @@ def next_token(
     z_loss: weight of mean(log Z ^ 2), which keeps logits from drifting (PaLM,
       arXiv:2204.02311, section 5).
     chunk: positions whose logits are held at a time; 0 holds them all.
+    exact: also report `exact`, which needs all the logits (no chunk).
 
   Returns:
-    The loss, and `loss` (without what is added to it), `weight`; where
+    The loss, and `loss` (without what is added to it), `weight`; where asked
+    for `exact`: the share of segments (without those, of rows) of which every
+    target that counts is the likeliest token, and how many there are; where
     `compute.watch` also `max_logits`: by the path of each attention, `[layers,
     heads]`. With mixtures of experts also `aux`, what their routers add to the
     loss; `load`: by the path of each mixture, `[layers, experts]`, shares of
@@ -59,9 +63,12 @@ def next_token(
     w = head(model, params, compute)
     nll, log_z = chunked_cross_entropy(x, w, targets, chunk, model.softcap)
   else:
-    nll, log_z = cross_entropy(logits(model, params, x, compute), targets)
+    y = logits(model, params, x, compute)
+    nll, log_z = cross_entropy(y, targets)
   loss, weight = weighted_mean(nll, batch.get("mask"))
   metrics = {"loss": loss, "weight": weight}
+  if exact:
+    metrics["exact"] = _exact(jnp.argmax(y, axis=-1) == targets, batch)
   if compute.watch:
     metrics["max_logits"] = _reported(seen, "max_logits", "mixer")
   if load := _reported(seen, "load", "ffn"):
@@ -154,6 +161,19 @@ def tokens_ahead(
     right.append(weighted_mean(hit.astype(jnp.float32), mask)[0])
   weight = jnp.sum(_ahead(batch, 1)[1]).astype(jnp.float32)
   return loss, {"loss": loss, "weight": weight, "right": jnp.stack(right)}
+
+
+def _exact(right: Array, batch: Batch) -> tuple[Array, Array]:
+  """The share of segments whose every target is right, and their number."""
+  ones = jnp.ones_like(batch["targets"])
+  counts = batch.get("mask", ones) > 0
+  segments = batch.get("segments", ones)
+  same = segments[:, :, None] == segments[:, None, :]
+  wrong = jnp.any(same & (counts & ~right)[:, None, :], axis=-1)
+  earlier = jnp.tril(jnp.ones(same.shape[1:], bool), -1)[None]
+  again = jnp.any(same & counts[:, None, :] & earlier, axis=-1)
+  # Each segment speaks once, where its first target stands.
+  return weighted_mean(1.0 - wrong.astype(jnp.float32), counts & ~again)
 
 
 def _ahead(batch: Batch, k: int) -> tuple[Array, Array]:
