@@ -4,12 +4,17 @@
 expert, one weight per expert. Accelerators have it as `jax.lax.ragged_dot`. On
 a CPU that primitive multiplies all rows by all matrices, so there the groups
 are cut into tiles, and a loop multiplies one tile at a time: work grows with
-the rows, and a matrix without rows is not even read.
+the rows, and a matrix without rows is not even read. A TPU does the same in
+kernels of its own (`grouped_tpu`).
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+
+from jaxlm.layers.kernels import grouped_tpu
 
 Array = jax.Array
 
@@ -50,8 +55,23 @@ def grouped_dot(x: Array, w: Array, sizes: Array) -> Array:
   Returns:
     `[rows, out]`, summed in float32.
   """
+  w = w.astype(x.dtype)
+  return _by_platform(x, w, sizes, jnp.float32, _tiles, _kernel, _ragged)
+
+
+def _by_platform(a, b, sizes, dtype, tiles, kernel, ragged) -> Array:
+  """One of three forms, settled when the program is lowered, in `dtype`."""
+
+  def cast(form):
+    return lambda *args: form(*args).astype(dtype)
+
   return jax.lax.platform_dependent(
-    x, w.astype(x.dtype), sizes, cpu=_tiles, default=_ragged
+    a,
+    b,
+    sizes,
+    cpu=cast(tiles),
+    tpu=functools.partial(kernel, dtype=dtype),
+    default=cast(ragged),
   )
 
 
@@ -64,16 +84,21 @@ def _forward(x: Array, w: Array, sizes: Array) -> tuple[Array, tuple]:
 def _backward(saved: tuple, dy: Array) -> tuple[Array, Array, None]:
   x, w, sizes, like = saved
   dy = dy.astype(x.dtype)
-  dx = jax.lax.platform_dependent(
-    dy, w, sizes, cpu=_tiles_back, default=_ragged_back
+  dx = _by_platform(
+    dy, w, sizes, x.dtype, _tiles_back, _kernel_back, _ragged_back
   )
-  dw = jax.lax.platform_dependent(
-    x, dy, sizes, cpu=_tiles_weight, default=_ragged_weight
+  dw = _by_platform(
+    x, dy, sizes, like.dtype, _tiles_weight, _kernel_weight, _ragged_weight
   )
-  return dx.astype(x.dtype), dw.astype(like.dtype), None
+  return dx, dw, None
 
 
 grouped_dot.defvjp(_forward, _backward)
+
+
+_kernel = functools.partial(grouped_tpu.times, axis=0, interpret=False)
+_kernel_back = functools.partial(grouped_tpu.times, axis=1, interpret=False)
+_kernel_weight = functools.partial(grouped_tpu.gradient, interpret=False)
 
 
 # --- By the primitive -------------------------------------------------------
