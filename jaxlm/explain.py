@@ -120,21 +120,20 @@ def _memory(
 ) -> list[Row]:
   """Bytes that are certain, where `tree` is trained; activations are not."""
   mesh, rules = recipe.mesh(config), recipe.rules(config)
+  param.check_mesh(tree, mesh, rules)
   like = param.abstract(tree, mesh=mesh, rules=rules)
-  each = sum(
-    4 * math.prod(leaf.sharding.shard_shape(leaf.shape))
-    for leaf in jax.tree.leaves(like)
-  )
   tx = recipe.optimizer(config, tree, recipe.schedule(config))
-  state = jax.eval_shape(tx.init, param.abstract(tree))
+  with jax.sharding.set_mesh(mesh):
+    state = jax.eval_shape(tx.init, like)
   moments = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
   n = param.count(tree)
   rows = config.batch_size // config.accumulate * config.seq_len
   where = f"on each of {mesh.size} devices, preset {config.parallel.preset}"
   return [
     ("parameters", f"{short(4 * n)}B", "4 bytes each, float32"),
-    ("  per device", f"{short(each)}B", where),
+    ("  per device", f"{short(_held(like))}B", where),
     ("optimizer", f"{short(moments)}B", f"state of {config.optimizer.name}"),
+    ("  per device", f"{short(_held(state))}B", where),
     ("gradients", f"{short(4 * n)}B", "4 bytes each, float32"),
     (
       "logits",
@@ -147,6 +146,16 @@ def _memory(
       "one sequence of the longest length, while sampling",
     ),
   ]
+
+
+def _held(arrays: param.Tree) -> int:
+  """Bytes of arrays on each device."""
+
+  def held(x: jax.ShapeDtypeStruct) -> int:
+    part = x.sharding.shard_shape(x.shape) if x.sharding else x.shape
+    return x.dtype.itemsize * math.prod(part)
+
+  return sum(map(held, jax.tree.leaves(arrays)))
 
 
 def _cache_bytes(model: Decoder) -> int:

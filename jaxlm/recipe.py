@@ -272,6 +272,7 @@ def fresh_state(
   """
   trained = objective(config).trained
   tree, table = trained.params(model), rules(config)
+  param.check_mesh(tree, mesh, table)
   places = param.shardings(tree, mesh, table)
 
   @jax.jit

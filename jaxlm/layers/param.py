@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxlm.errors import UserError
 from jaxlm.parallel.rules import Rules
 
 Array = jax.Array
@@ -205,6 +206,45 @@ def shardings(tree: Tree, mesh: Mesh, rules: Rules) -> Tree:
   return map_params(
     lambda p: NamedSharding(mesh, rules.stored_spec(p.axes, p.shape, mesh)),
     tree,
+  )
+
+
+# What has to be cut where the rules say so: left whole, every device would do
+# all of its work.
+EXACT = ("heads", "mlp", "experts")
+
+
+def check_mesh(tree: Tree, mesh: Mesh, rules: Rules) -> None:
+  """Checks that rules know the tree's dimensions, and that a mesh divides them.
+
+  Raises:
+    UserError: for a rule about a dimension that neither the library nor this
+      tree has; for heads, hidden units or experts that do not divide.
+  """
+  rules.check({a for p in paths(tree).values() for a in p.axes if a})
+  table = dict(rules.computed)
+  for path, p in paths(tree).items():
+    for axis, size in zip(p.axes, p.shape, strict=True):
+      names = table.get(axis, ()) if axis in EXACT else ()
+      names = (names,) if isinstance(names, str) else names
+      ways = math.prod(mesh.shape.get(name, 1) for name in names)
+      if size % ways:
+        fits = math.gcd(size, mesh.size)
+        fewer = max(n for n in range(1, ways) if fits % n == 0)
+        where = f"{path} has {size} {axis}, which do not divide over"
+        raise UserError(where + _hint(axis, size, names, ways, fewer))
+
+
+def _hint(
+  axis: str, size: int, names: tuple[str, ...], ways: int, fewer: int
+) -> str:
+  """The end of that sentence: the nearest mesh and model that would do."""
+  below, above = size // ways * ways, -(-size // ways) * ways
+  near = f"{below} or {above}" if below else str(above)
+  mesh = " x ".join(names)
+  return (
+    f" {mesh}:{ways}; set parallel.mesh to data:-1,{mesh}:{fewer}, or take a "
+    f"model with {near} {axis}"
   )
 
 

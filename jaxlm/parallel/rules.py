@@ -122,6 +122,18 @@ class Rules:
     table = self.stored if self.gradients is None else self.gradients
     return _spec(table, axes, shape, mesh)
 
+  def check(self, axes: Iterable[str]) -> None:
+    """Checks that rules speak of `axes`, or of what the library names itself.
+
+    Raises:
+      UserError: for another logical axis, with the nearest that there is.
+    """
+    known = tuple(dict.fromkeys((*AXES, *axes)))
+    tables = (self.stored, self.computed, self.activations)
+    for table in (*tables, self.state or (), self.gradients or ()):
+      for axis, _ in table:
+        _known(axis, known, "a rule speaks of the dimension")
+
   def ways(self, axis: str, mesh: Any) -> int:
     """Into how many parts `mesh` cuts activations along a logical axis."""
     names = _tuple(dict(self.activations).get(axis, ()))
