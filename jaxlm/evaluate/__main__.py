@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm import program, tasks
-from jaxlm.data.chat import ChatTemplate
+from jaxlm.data.chat import TEMPLATES, ChatTemplate
 from jaxlm.errors import UserError
 from jaxlm.evaluate import browser, compare, harness, likelihood, measure, show
 from jaxlm.evaluate import results as files
@@ -216,11 +216,17 @@ def make_writer(
 def template(
   asked: argparse.Namespace, found: Pretrained
 ) -> ChatTemplate | None:
-  """How prompts are written as turns; None: as they are."""
-  if asked.template is None:
+  """How prompts are written as turns; None: as they are.
+
+  Unless --template says otherwise, as the model's own template does.
+  """
+  if (
+    asked.template == "none" or (asked.template, found.template) == (None,) * 2
+  ):
     return None
-  name = None if asked.template == "own" else asked.template
-  return generate.find_template(name, found.template)
+  chosen = generate.find_template(asked.template, found.template)
+  # A bare prompt is no turn, and what stands before every text stands there.
+  return None if chosen.source == TEMPLATES["bare"] else chosen
 
 
 # --- What is told -----------------------------------------------------------

@@ -33,7 +33,7 @@ from jaxlm.generate.methods import Draw, Method, parse_method
 from jaxlm.generate.options import parse_cache, parse_filters
 from jaxlm.generate.samplers import Sampler, make_sampler
 from jaxlm.generate.text import Writer
-from jaxlm.interop import pretrained
+from jaxlm.interop import beside, pretrained
 from jaxlm.interop.pretrained import Pretrained
 from jaxlm.layers.compute import Compute
 
@@ -173,8 +173,10 @@ def find(flags: argparse.Namespace) -> tuple[Pretrained, Any]:
   of_run = path / "config.json"
   run = configs.read(path) if of_run.exists() else configs.default_config()
   tokenizer = workdir.load_tokenizer(path)
-  ends = () if tokenizer.eot is None else (tokenizer.eot,)
-  return Pretrained(model, params, tokenizer, None, ends), run.sample
+  said = beside.said(tokenizer)
+  return Pretrained(
+    model, params, tokenizer, said.template, said.ends, said.start
+  ), run.sample
 
 
 def make_writer(
