@@ -1,11 +1,15 @@
 """Losses: arrays in, arrays out. No model, no config, no tokens' meaning."""
 
+import functools
 import math
 
 import chex
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
+from jaxlm.layers.compute import DEFAULT, Compute, platform
+from jaxlm.layers.kernels.fused_loss import fused_cross_entropy
 from jaxlm.layers.linear import dot
 from jaxlm.layers.norm import soft_cap
 
@@ -77,6 +81,37 @@ def chunked_cross_entropy(
 
   loss, log_z = (joined(a) for a in parts)
   return loss, log_z
+
+
+def head_cross_entropy(
+  x: Array,
+  w: Array,
+  targets: Array,
+  chunk: int,
+  softcap: float | None = None,
+  compute: Compute = DEFAULT,
+) -> tuple[Array, Array]:
+  """Cross entropy of `softcap(x @ w)` for those who have no room for logits.
+
+  On a TPU a kernel holds none of them, whatever `chunk` says; that costs a
+  fifth product beside the four of `chunked_cross_entropy`, which is what runs
+  elsewhere, and where a mesh cuts the vocabulary. Arguments and results are
+  those of `chunked_cross_entropy`, and `compute`, which places the work.
+  """
+  spec = compute.spec(("batch", "seq", "vocab"), (*targets.shape, w.shape[1]))
+  if platform() != "tpu" or (spec is not None and spec[2] is not None):
+    return chunked_cross_entropy(x, w, targets, chunk, softcap)
+  if spec is None:
+    return fused_cross_entropy(x, w, targets, softcap)
+  rows, whole = PartitionSpec(*spec[:2]), PartitionSpec(None, None)
+  specs = PartitionSpec(*spec[:2], None), whole, rows
+  args = map(jax.sharding.reshard, (x, w, targets), specs)
+  return jax.shard_map(
+    functools.partial(fused_cross_entropy, softcap=softcap),
+    in_specs=specs,
+    out_specs=(rows, rows),
+    check_vma=False,
+  )(*args)
 
 
 def weighted_mean(x: Array, weights: Array | None) -> tuple[Array, Array]:

@@ -6,9 +6,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import MODELS, VOCAB, random_params
 
+from jaxlm import losses
+from jaxlm.layers.compute import Compute
 from jaxlm.layers.kernels.fused_loss import fused_cross_entropy
 from jaxlm.losses import chunked_cross_entropy, cross_entropy
+from jaxlm.objectives import next_token
+from jaxlm.parallel.mesh import make_mesh
+from jaxlm.parallel.rules import preset
 
 
 def draw(*shape: int, seed: int = 0) -> jax.Array:
@@ -79,3 +85,48 @@ def test_half_precision(dtype: str):
   assert loss.dtype == log_z.dtype == jnp.float32
   want, _ = cross_entropy(jnp.einsum("btd,dv->btv", x, w), targets)
   np.testing.assert_allclose(loss, want, atol=0.1)
+
+
+def test_next_token_takes_it_on_a_tpu(monkeypatch):
+  """The loss, its gradients and the drift of log Z are those of the twin; on a
+  mesh each device has rows of its own.
+  """
+  model = MODELS["llama"]
+  params, rules, used = random_params(model), preset("fsdp"), []
+  rows = np.random.default_rng(0).integers(0, VOCAB, (8, 13))
+  batch = {"inputs": rows[:, :-1], "targets": rows[:, 1:]}
+
+  def run(params, compute):
+    def loss(params):
+      return next_token(model, params, batch, None, compute, 0.1, chunk=5)[0]
+
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+  def kernel(*args, **options):
+    used.append(1)
+    return fused_cross_entropy(*args, **options, rows=8, columns=16)
+
+  want = run(params, Compute())
+  monkeypatch.setattr(losses, "platform", lambda: "tpu")
+  monkeypatch.setattr(losses, "fused_cross_entropy", kernel)
+  with jax.set_mesh(make_mesh(rules)):
+    found = run(params, Compute(rules=rules))
+  assert used
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+    found,
+    want,
+  )
+
+
+def test_a_cut_vocabulary_keeps_the_twin(monkeypatch):
+  """No device has all of the words then, and the kernel wants them all."""
+  monkeypatch.setattr(losses, "platform", lambda: "tpu")
+  monkeypatch.setattr(losses, "fused_cross_entropy", None)
+  x, w, targets = jnp.ones((8, 3, 4)), jnp.ones((4, 16)), jnp.ones((8, 3), int)
+  rules = preset("tp")
+  with jax.set_mesh(make_mesh(rules)):
+    found, _ = losses.head_cross_entropy(
+      x, w, targets, 2, compute=Compute(rules=rules)
+    )
+  np.testing.assert_allclose(found, np.log(16.0), rtol=1e-6)

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 
 from jaxlm.errors import UserError
 from jaxlm.layers.at import At
-from jaxlm.layers.compute import Compute, active_mesh
+from jaxlm.layers.compute import Compute, active_mesh, platform
 from jaxlm.layers.context import attend_divided, whole_rows, written_out
 from jaxlm.layers.kernels.blocks import attend_causal
 from jaxlm.layers.kernels.flash import GPU, fits_gpu, flash_attention
@@ -253,14 +253,8 @@ def attend_cudnn(
       scale=scale,
       is_causal=mask.causal,
       local_window_size=(window - 1, 0) if window else None,
-      implementation="cudnn" if _platform() in GPUS else "xla",
+      implementation="cudnn" if platform() in GPUS else "xla",
     )
-
-
-def _platform() -> str:
-  """JAX's name of the devices of the mesh in force, or the default ones."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  return jax.default_backend() if device is None else device.platform
 
 
 FORMS = {
@@ -293,12 +287,12 @@ def choose(compute: Compute, queries: int | None = None) -> tuple[str, str]:
       f"unknown attention {compute.attention!r}; known: auto, "
       f"{', '.join(FORMS)}"
     )
-  platform = _platform()
-  if platform not in KERNELS:
-    return "blocks", f"plain XLA, on {platform}"
+  chip = platform()
+  if chip not in KERNELS:
+    return "blocks", f"plain XLA, on {chip}"
   if queries == 1:
     return "reference", "one query's scores are one row"
-  return KERNELS[platform]
+  return KERNELS[chip]
 
 
 def attend(

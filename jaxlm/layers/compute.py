@@ -20,6 +20,12 @@ def active_mesh() -> jax.sharding.AbstractMesh | None:
   return None if mesh.empty or mesh.size == 1 else mesh
 
 
+def platform() -> str:
+  """JAX's name of the devices of the mesh in force, or the default ones."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.default_backend() if device is None else device.platform
+
+
 @dataclass(frozen=True)
 class Compute:
   """How to run a model.

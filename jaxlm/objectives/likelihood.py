@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxlm.layers.at import At
 from jaxlm.layers.compute import DEFAULT, Compute
-from jaxlm.losses import chunked_cross_entropy, cross_entropy, weighted_mean
+from jaxlm.losses import cross_entropy, head_cross_entropy, weighted_mean
 from jaxlm.models.decoder import Decoder, head, hidden, logits
 from jaxlm.models.encdec import EncoderDecoder, decode, encode, padded
 from jaxlm.models.medusa import Heads
@@ -61,7 +61,9 @@ def next_token(
   targets = batch["targets"]
   if chunk:
     w = head(model, params, compute)
-    nll, log_z = chunked_cross_entropy(x, w, targets, chunk, model.softcap)
+    nll, log_z = head_cross_entropy(
+      x, w, targets, chunk, model.softcap, compute
+    )
   else:
     y = logits(model, params, x, compute)
     nll, log_z = cross_entropy(y, targets)

@@ -25,6 +25,8 @@ from jaxlm.layers.at import At
 from jaxlm.layers.compute import Compute
 from jaxlm.losses import chunked_cross_entropy, cross_entropy, weighted_mean
 from jaxlm.models.decoder import Decoder, head, hidden, logits
+from jaxlm.objectives.objective import Objective, Whole
+from jaxlm.objectives.pairs import Pairs
 
 Array = jax.Array
 Tree = Any
@@ -246,19 +248,10 @@ class Preference:
 
 
 @dataclass(frozen=True)
-class Referenced:
+class Referenced(Whole):
   """All parameters are trained, beside the model that they began as."""
 
   needs_base = True
-  fresh = ()
-
-  def params(self, model: Decoder) -> Tree:
-    """Those of the model."""
-    return model.params()
-
-  def around(self, base: Tree) -> Tree:
-    """All of it."""
-    return base
 
   def start(self, model: Decoder, key: Array, base: Tree | None) -> Tree:
     """A copy of the loaded model: its own arrays are the reference."""
@@ -273,6 +266,130 @@ class Referenced:
     """The reference."""
     return base
 
-  def policy(self, params: Tree, frozen: Tree) -> Tree:
-    """They are it."""
-    return params
+
+# --- By name ----------------------------------------------------------------
+
+
+def dpo(
+  seq_len: int,
+  chunk: int = 0,
+  beta: float = 0.1,
+  smoothing: float = 0.0,
+  template: str = "",
+  examples: int = 5000,
+  noise: float = 0.0,
+) -> Objective:
+  """Direct preference optimisation (arXiv:2305.18290).
+
+  Args:
+    seq_len: tokens of a prompt and a response; `config.seq_len`.
+    chunk: positions whose logits are held at a time; `config.loss_chunk`.
+    beta: how dearly the policy pays for leaving the reference.
+    smoothing: the share of labels believed to be wrong.
+    template: how a conversation is written; as for `sft`.
+    examples: how many pairs are made of a generated task.
+    noise: the share of pairs whose label is turned, to see what it does.
+  """
+  data = Pairs(seq_len, template, examples, noise)
+  return _preference(DPO(beta, smoothing), data, chunk)
+
+
+def ipo(
+  seq_len: int,
+  chunk: int = 0,
+  beta: float = 0.1,
+  template: str = "",
+  examples: int = 5000,
+  noise: float = 0.0,
+) -> Objective:
+  """Identity preference optimisation (arXiv:2310.12036).
+
+  Args:
+    seq_len: as for `dpo`.
+    chunk: as for `dpo`.
+    beta: tau in the paper; the goal is a gap of 1 / (2 beta) per token.
+    template: as for `dpo`.
+    examples: as for `dpo`.
+    noise: as for `dpo`.
+  """
+  return _preference(
+    IPO(beta), Pairs(seq_len, template, examples, noise), chunk
+  )
+
+
+def kto(
+  seq_len: int,
+  chunk: int = 0,
+  beta: float = 0.1,
+  desirable: float = 1.0,
+  undesirable: float = 1.0,
+  template: str = "",
+  examples: int = 5000,
+  noise: float = 0.0,
+) -> Objective:
+  """Kahneman-Tversky optimisation (arXiv:2402.01306).
+
+  Args:
+    seq_len: as for `dpo`.
+    chunk: as for `dpo`.
+    beta: how dearly the policy pays for leaving the reference.
+    desirable: weight of the chosen responses.
+    undesirable: weight of the rejected ones.
+    template: as for `dpo`.
+    examples: as for `dpo`.
+    noise: as for `dpo`.
+  """
+  data = Pairs(seq_len, template, examples, noise, sides=3)
+  return _preference(KTO(beta, desirable, undesirable), data, chunk)
+
+
+def orpo(
+  seq_len: int,
+  chunk: int = 0,
+  beta: float = 0.1,
+  template: str = "",
+  examples: int = 5000,
+  noise: float = 0.0,
+) -> Objective:
+  """Fine-tuning and a preference in one, without a reference (2403.07691).
+
+  Args:
+    seq_len: as for `dpo`.
+    chunk: as for `dpo`.
+    beta: weight of the odds ratio.
+    template: as for `dpo`.
+    examples: as for `dpo`.
+    noise: as for `dpo`.
+  """
+  return _preference(
+    ORPO(beta), Pairs(seq_len, template, examples, noise), chunk
+  )
+
+
+def simpo(
+  seq_len: int,
+  chunk: int = 0,
+  beta: float = 2.0,
+  gamma: float = 1.0,
+  template: str = "",
+  examples: int = 5000,
+  noise: float = 0.0,
+) -> Objective:
+  """Preferences by likelihood per token, without a reference (2405.14734).
+
+  Args:
+    seq_len: as for `dpo`.
+    chunk: as for `dpo`.
+    beta: scale of the likelihoods.
+    gamma: the margin that a pair should reach.
+    template: as for `dpo`.
+    examples: as for `dpo`.
+    noise: as for `dpo`.
+  """
+  data = Pairs(seq_len, template, examples, noise)
+  return _preference(SimPO(beta, gamma), data, chunk)
+
+
+def _preference(form: Form, data: Pairs, chunk: int) -> Objective:
+  trained = Referenced() if form.reference else Whole()
+  return Objective(data, Preference(form, chunk), trained)
