@@ -79,6 +79,7 @@ SCHEMA: dict[str, Any] = {
     "heads": Key(None, "query heads of each attention", (int,), 1),
   },
   "objective": {},  # open: `name`, and what that objective's function takes
+  "lora": {},  # open: the fields of `LoRA`; any of them turns it on
   "optimizer": {
     "name": Key("adamw", "adamw, muon, sgd, lion, ..."),
     "lr": Key(1e-3, "peak learning rate", low=0),
@@ -137,7 +138,8 @@ SCHEMA: dict[str, Any] = {
 # Sections that take keys beyond the schema, and whose those are.
 OPEN = {
   "model": "what the family's function takes",
-  "objective": "name: next_token, sft, ...; and what it takes",
+  "objective": "name: next_token, sft, dpo, ...; and what it takes",
+  "lora": "rank, alpha, targets, kind: train adapters of these",
   "ppo": "the fields of jaxlm.rl.options.PPO",
   "grpo": "the fields of jaxlm.rl.options.GRPO",
 }

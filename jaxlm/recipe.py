@@ -4,7 +4,6 @@ The programs and `--explain` build a run from these functions, so that what is
 explained is what is run.
 """
 
-import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import jax
 from jax.sharding import NamedSharding
 from ml_collections import FrozenConfigDict
 
-from jaxlm import config as configs
 from jaxlm import keys
 from jaxlm.errors import UserError
 from jaxlm.interop.load import has_tokenizer, load_model, load_tokenizer
@@ -21,13 +19,14 @@ from jaxlm.layers import param
 from jaxlm.layers.compute import Compute
 from jaxlm.models.build import build, check
 from jaxlm.models.decoder import Decoder
-from jaxlm.objectives import OBJECTIVES, Objective
+from jaxlm.objectives import from_config as objective
 from jaxlm.optim import Muon, Optimizer, Schedule, make, make_schedule
 from jaxlm.optim.guards import skip_spikes
 from jaxlm.optim.spread import sharded
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.parallel.rules import Rules, preset
 from jaxlm.state import LossFn, TrainState, create, make_step
+from jaxlm.workdir import trunk
 
 __all__ = [
   "batch_place",
@@ -100,7 +99,8 @@ def model(config: Config, vocab: int, origin: Path | None = None) -> Decoder:
       f"config.model.{min(given)} cannot be set beside config.model.path: the "
       "model there is as it is; leave one of them out"
     )
-  found = load_model(origin)
+  here = origin == Path(str(config.model.path)).expanduser()
+  found = load_model(origin) if here else trunk(origin)
   if not isinstance(found, Decoder):
     raise UserError(
       f"{config.model.path} is no decoder, so plain text cannot train it"
@@ -198,29 +198,6 @@ def optimizer(config: Config, tree: Any, lr: Schedule) -> Any:
   if config.spike_skip:
     tx = skip_spikes(tx, config.spike_skip)
   return sharded(tx, tree, rules(config))
-
-
-def objective(config: Config) -> Objective:
-  """What `config.objective` says is to be minimised, over what, in what.
-
-  Its keys are the parameters of the function of that name; `chunk` comes from
-  `config.loss_chunk`, and `seq_len` from there.
-
-  Raises:
-    UserError: for an unknown objective, or keys that it does not take.
-  """
-  name = config.objective.get("name", "next_token")
-  if name not in OBJECTIVES:
-    known = f"; known: {', '.join(OBJECTIVES)}"
-    hint = keys.nearest(str(name), OBJECTIVES) or known
-    raise UserError(f"no objective {name!r}{hint}")
-  make = OBJECTIVES[name]
-  takes = inspect.signature(make).parameters
-  implied = {"chunk": config.loss_chunk, "seq_len": config.seq_len}
-  given = {k: v for k, v in implied.items() if k in takes}
-  return configs.call(
-    make, config.objective, "objective", ("name",), name, **given
-  )
 
 
 def loss(config: Config, model: Decoder) -> LossFn:

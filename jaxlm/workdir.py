@@ -8,6 +8,7 @@
 and a run that began with a loaded model has both; `load` reads all three.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from jaxlm.errors import UserError
 from jaxlm.layers.param import abstract, path_name, paths
 from jaxlm.models.build import build
 from jaxlm.models.decoder import Decoder
+from jaxlm.objectives import from_config
+from jaxlm.objectives.objective import Trained, Whole
 from jaxlm.parallel.rules import Rules
 
 Tree = Any
@@ -37,10 +40,12 @@ def load(
   which: str | int = "latest",
   mesh: Mesh | None = None,
   rules: Rules | None = None,
-) -> tuple[Decoder, Tree]:
+  base: Callable[[Path], Tree] | None = None,
+) -> tuple[Any, Tree]:
   """The model in a workdir, and its parameters.
 
   Where the run kept a mean of the weights (`config.ema`), that is what comes.
+  A run of adapters gives its base with the adapters merged into it.
 
   Args:
     path: the workdir.
@@ -49,19 +54,51 @@ def load(
     which: 'latest', 'best' (the lowest validation loss), or a step.
     mesh: the devices they are spread over; None means the first device.
     rules: where on the mesh each lies; None means all of it on every device.
+    base: loads the parameters at `config.model.path` alike, for a run that
+      says nothing without them.
 
   Raises:
     UserError: if there is no such run or checkpoint, or it is damaged.
   """
+  path = Path(path)
+  model, trained, params = load_trained(path, dtype, which, mesh, rules)
+  under = None
+  if trained.partial:
+    at = Path(str(config.read(path).model.path)).expanduser()
+    if base is None:
+      raise UserError(f"{path} holds adapters for {at}; load them with it")
+    try:
+      under = base(at)
+    except UserError as error:
+      raise UserError(
+        f"{path} holds adapters for the model at {at}: {error}"
+      ) from error
+  return trained.model(model), trained.whole(params, under)
+
+
+def load_trained(
+  path: Path,
+  dtype: str | None = "float32",
+  which: str | int = "latest",
+  mesh: Mesh | None = None,
+  rules: Rules | None = None,
+) -> tuple[Decoder, Trained, Tree]:
+  """What a run trained, as it is in its checkpoint; as `load`.
+
+  Returns:
+    The model that the run is of, which arrays of it were trained, and these.
+  """
   check_dtype(dtype)
-  path, model = Path(path), load_model(path)
+  model, trained = trunk(path), _trained(path)
   checkpoints = Checkpoints(path / "checkpoints", best=BEST, read_only=True)
   name = "ema" if _keeps_mean(path) else "params"
-  like = abstract(model.params(), dtype or "float32", mesh, rules or Rules())
+  tree = trained.params(model)
+  like = abstract(tree, dtype or "float32", mesh, rules or Rules())
   step = _step(checkpoints, which)
   if dtype is None:
     like = _as_saved(checkpoints, step, name, like)
-  return model, checkpoints.restore({name: like}, step, part=True).state[name]
+  state = checkpoints.restore({name: like}, step, part=True).state
+  return model, trained, state[name]
 
 
 def check_dtype(dtype: str | None) -> None:
@@ -83,11 +120,20 @@ def _as_saved(
   return jax.tree_util.tree_map_with_path(one, like)
 
 
-def load_model(path: str | Path) -> Decoder:
+def load_model(path: str | Path) -> Any:
   """The model in a workdir, without its parameters.
 
   Raises:
     UserError: if there is none, or it cannot be read.
+  """
+  return _trained(Path(path)).model(trunk(path))
+
+
+def trunk(path: str | Path) -> Any:
+  """The model that a run is of: what a reward model, say, is built around.
+
+  Raises:
+    UserError: as `load_model`.
   """
   path = Path(path)
   if not path.is_dir():
@@ -166,6 +212,13 @@ def check_params(model: Decoder, params: Tree) -> None:
         f"these are not the parameters of this model: its {name} has shape "
         f"{want.get(name)}, theirs {have.get(name)}"
       )
+
+
+def _trained(path: Path) -> Trained:
+  """Which arrays the run in a workdir trains."""
+  if not (path / "config.json").exists():
+    return Whole()  # written by `save`
+  return from_config(config.read(path)).trained
 
 
 def _keeps_mean(path: Path) -> bool:

@@ -55,7 +55,11 @@ def load(
   """
   path = Path(path)
   if is_ours(path):
-    return workdir.load(path, dtype, which, mesh, rules)
+
+    def base(at: Path) -> Tree:
+      return load(at, dtype, mesh, rules)[1]
+
+    return workdir.load(path, dtype, which, mesh, rules, base)
   if which != "latest":
     raise UserError(f"{path} is no run, so which={which!r} has no meaning")
   workdir.check_dtype(dtype)
@@ -103,7 +107,7 @@ def load_all(
   """Model, parameters, and the tokenizer where there is one; else as `load`."""
   path = Path(path)
   if is_ours(path):
-    model, params = workdir.load(path, dtype, "latest", mesh, rules)
+    model, params = load(path, dtype, mesh, rules)
     has = tokenizers.is_in(path)
     return model, params, workdir.load_tokenizer(path) if has else None
   workdir.check_dtype(dtype)

@@ -43,7 +43,8 @@ class Adapters:
   lora: LoRA
   inner: Trained
 
-  needs_base = True
+  needs_base, partial = True, True
+  fresh = ()
 
   def params(self, model: Decoder) -> Tree:
     """`adapters`; and, by name, the parts that no base has."""
@@ -54,8 +55,6 @@ class Adapters:
   def around(self, base: Tree) -> Tree:
     """Nothing of it is trained."""
     return {}
-
-  fresh = ()
 
   def start(self, model: Decoder, key: Array, base: Tree | None) -> Tree:
     """Adapters that say nothing yet."""
@@ -75,15 +74,29 @@ class Adapters:
       "inner": self.inner.frozen(model, base),
     }
 
-  def whole(self, params: Tree, base: Tree) -> Tree:
-    """What the objective takes for its parameters; differentiable."""
+  def through(self, params: Tree, base: Tree) -> Tree:
+    """What the objective within takes for its parameters; differentiable.
+
+    Args:
+      params: as `params` declares them.
+      base: as `around` of what is within gives it.
+    """
     new = {name: x for name, x in params.items() if name != "adapters"}
     return self.lora.apply(base, params["adapters"]) | new
 
   def policy(self, params: Tree, frozen: Tree) -> Tree | None:
     """The adapted model, if it talks."""
-    whole = self.whole(params, frozen["base"])
+    whole = self.through(params, frozen["base"])
     return self.inner.policy(whole, frozen["inner"])
+
+  def model(self, model: Decoder) -> Any:
+    """As without adapters."""
+    return self.inner.model(model)
+
+  def whole(self, params: Tree, base: Tree | None) -> Tree:
+    """Merged."""
+    whole = jax.jit(self.through)(params, self.inner.around(base))
+    return self.inner.whole(whole, base)
 
 
 @dataclass(frozen=True)
@@ -103,5 +116,5 @@ class Through:
     frozen: Tree = None,
   ) -> tuple[Array, dict[str, Array]]:
     """As the loss within."""
-    whole = self.trained.whole(params, frozen["base"])
+    whole = self.trained.through(params, frozen["base"])
     return self.inner(model, whole, batch, key, compute, frozen["inner"])

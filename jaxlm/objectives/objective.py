@@ -96,12 +96,19 @@ class Trained(Protocol):
   Attributes:
     needs_base: whether `frozen` needs the model at `model.path` also when a
       run goes on; `start` has it only when a run begins.
+    fresh: names at the top of the tree that are in no base, but new.
+    partial: whether the tree says nothing without the base.
   """
 
   needs_base: bool
+  fresh: tuple[str, ...]
+  partial: bool
 
   def params(self, model: Decoder) -> Tree:
     """`Param` declarations of what is trained."""
+
+  def around(self, base: Tree) -> Tree:
+    """The base's own arrays as they lie in the tree, without what is fresh."""
 
   def start(self, model: Decoder, key: Array, base: Tree | None) -> Tree:
     """Arrays of step 0; under jit. `base` is the loaded model, if one is."""
@@ -112,16 +119,28 @@ class Trained(Protocol):
   def policy(self, params: Tree, frozen: Tree) -> Tree | None:
     """The model's own parameters, to sample from; None if it does not talk."""
 
+  def model(self, model: Decoder) -> Any:
+    """What has been trained when the run is over, around the run's model."""
+
+  def whole(self, params: Tree, base: Tree | None) -> Tree:
+    """The parameters of that; `base` is there if they are `partial`."""
+
 
 @dataclass(frozen=True)
 class Whole:
   """All parameters of the model are trained, and nothing else is needed."""
 
   needs_base = False
+  fresh = ()
+  partial = False
 
   def params(self, model: Decoder) -> Tree:
     """Those of the model."""
     return model.params()
+
+  def around(self, base: Tree) -> Tree:
+    """All of it."""
+    return base
 
   def start(self, model: Decoder, key: Array, base: Tree | None) -> Tree:
     """As they were loaded; or made new."""
@@ -133,6 +152,14 @@ class Whole:
 
   def policy(self, params: Tree, frozen: Tree) -> Tree:
     """They are it."""
+    return params
+
+  def model(self, model: Decoder) -> Decoder:
+    """The model itself."""
+    return model
+
+  def whole(self, params: Tree, base: Tree | None) -> Tree:
+    """They are whole."""
     return params
 
 

@@ -20,6 +20,8 @@ from jaxlm.layers.param import init
 from jaxlm.losses import weighted_mean
 from jaxlm.models.decoder import Decoder
 from jaxlm.models.reward import Last, Mean, RewardModel, encoder
+from jaxlm.objectives.objective import Objective
+from jaxlm.objectives.pairs import Pairs
 
 Array = jax.Array
 Tree = Any
@@ -39,6 +41,7 @@ class Scored:
 
   needs_base = False
   fresh = ("head",)
+  partial = False
 
   def __post_init__(self):
     if self.kind not in KINDS:
@@ -72,6 +75,10 @@ class Scored:
   def policy(self, params: Tree, frozen: Tree) -> None:
     """It does not talk."""
     return
+
+  def whole(self, params: Tree, base: Tree | None) -> Tree:
+    """They are whole."""
+    return params
 
 
 @dataclass(frozen=True)
@@ -147,3 +154,35 @@ class Compare:
     if self.loss == "hinge":
       return losses.hinge(good, bad, self.margin or 1.0)
     return losses.bradley_terry(good, bad, self.margin, self.smoothing)
+
+
+def reward(
+  seq_len: int,
+  kind: str = "decoder",
+  loss: str = "bradley_terry",
+  margin: float = 0.0,
+  smoothing: float = 0.0,
+  centre: float = 0.0,
+  template: str = "",
+  examples: int = 5000,
+  noise: float = 0.0,
+) -> Objective:
+  """A model that says which of two responses is the better one, by how much.
+
+  Args:
+    seq_len: tokens of a prompt and a response; `config.seq_len`.
+    kind: 'decoder' (its last token) or 'encoder' (all see all; their mean).
+    loss: 'bradley_terry' or 'hinge'.
+    margin: by how much the better one should score higher.
+    smoothing: the share of labels believed to be wrong.
+    centre: weight of what keeps scores around zero.
+    template: how a conversation is written; as for `sft`.
+    examples: how many pairs are made of a generated task.
+    noise: the share of pairs whose label is turned, to see what it does.
+  """
+  scored = Scored(kind)
+  return Objective(
+    Pairs(seq_len, template, examples, noise),
+    Compare(scored, loss, margin, smoothing, centre),
+    scored,
+  )
