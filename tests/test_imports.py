@@ -28,8 +28,8 @@ _MIDDLE = (
 )
 _UPPER = "evaluate explain recipe rl"
 _PROGRAMS = (
-  "host program convert train serve generate.__main__ tasks.__main__ "
-  "evaluate.__main__"
+  "host program convert train serve doctor generate.__main__ "
+  "tasks.__main__ evaluate.__main__"
 )
 
 MAY: dict[str, str] = {

@@ -1,0 +1,1 @@
+"""Finds what is wrong with a model or its training, by named checks."""
