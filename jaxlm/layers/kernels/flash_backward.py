@@ -63,6 +63,7 @@ def backward(
     inputs(setting, x, "query") | more,
     {"dq": (like(x.q), (1, 1, rows, h), "rows")},
     {"sum": (rows, h), "lse_down": (rows, 1), "delta_down": (rows, 1)},
+    2 * rows * keys * (2 * h + d),
     interpret,
   )
   dk, dv = call(
@@ -76,6 +77,7 @@ def backward(
       "dv": (like(x.v), (1, 1, keys, d), "keys"),
     },
     {"dk_sum": (keys, h), "dv_sum": (keys, d)},
+    2 * rows * keys * (2 * h + 2 * d),
     interpret,
   )
   return dq, dk, dv

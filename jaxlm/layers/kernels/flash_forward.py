@@ -1,6 +1,7 @@
 """Flash attention, forward (arXiv:2205.14135, algorithm 1; 2307.08691)."""
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -189,6 +190,7 @@ def forward(
       "lse": (lse, (1, 1, 1, rows), "numbers"),
     },
     {"top": (rows, LANES), "total": (rows, LANES), "acc": (rows, d)},
+    2 * rows * setting.keys * (x.q.shape[3] + d),
     interpret,
   )
 
@@ -261,7 +263,9 @@ def _index(along: str, outer: str, batched: bool):
   return index
 
 
-def call(name, body, steps: Steps, outer: str, named, outs, scratch, interpret):
+def call(
+  name, body, steps: Steps, outer: str, named, outs, scratch, work, interpret
+):
   """Runs `body(word, refs)` for every batch row, kv head and step.
 
   Args:
@@ -272,6 +276,7 @@ def call(name, body, steps: Steps, outer: str, named, outs, scratch, interpret):
     named: inputs, name -> (array, block shape, along what).
     outs: outputs, name -> (shape and dtype, block shape, along what).
     scratch: float32 sums, name -> shape.
+    work: operations of a step.
     interpret: True runs it without a TPU, slowly.
 
   Returns:
@@ -286,6 +291,7 @@ def call(name, body, steps: Steps, outer: str, named, outs, scratch, interpret):
     body(word, dict(zip(names, refs, strict=True)))
 
   first = next(iter(named.values()))[0]
+  times = first.shape[0] * first.shape[1] * steps.words.shape[1]
   return pl.pallas_call(
     kernel,
     out_shape=[shape for shape, _, _ in outs.values()],
@@ -307,6 +313,23 @@ def call(name, body, steps: Steps, outer: str, named, outs, scratch, interpret):
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel", "arbitrary")
     ),
+    cost_estimate=pl.CostEstimate(
+      flops=times * work,
+      transcendentals=0,
+      bytes_accessed=_bytes(outer, times, named, outs),
+    ),
     interpret=interpret,
     name=name,
   )(steps.words, *(array for array, _, _ in named.values()))
+
+
+def _bytes(outer: str, times: int, named: dict, outs: dict) -> int:
+  """What moves: blocks that are met once a step, all others once."""
+  met = {"query": ("keys", "key fields"), "key": ("rows", "numbers", "fields")}
+  total = 0
+  for x, block, where in named.values():
+    often = where in met[outer]
+    n = times * math.prod(block) if often else math.prod(x.shape)
+    total += n * x.dtype.itemsize
+  written = (x for x, _, _ in outs.values())
+  return total + sum(math.prod(x.shape) * x.dtype.itemsize for x in written)

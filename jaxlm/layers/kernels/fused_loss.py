@@ -11,6 +11,7 @@ rows to a block, and are turned in the kernel.
 """
 
 import functools
+import math
 from dataclasses import dataclass
 
 import jax
@@ -149,8 +150,14 @@ def _grid(setting: Setting, x: Array) -> tuple[int, int]:
   return x.shape[0] // setting.rows, pl.cdiv(setting.vocab, setting.columns)
 
 
-def _call(name: str, body, grid, ins, outs, scratch, interpret: bool):
-  """A kernel over a grid whose second axis is summed over."""
+def _call(name: str, body, grid, ins, outs, scratch, work, interpret: bool):
+  """A kernel over a grid whose second axis is summed over, `work` a step."""
+  steps = grid[0] * grid[1]
+  read = sum(
+    x.dtype.itemsize
+    * (steps * math.prod(block) if at(0, 0) != at(0, 1) else x.size)
+    for x, (block, at) in ins
+  )
   return pl.pallas_call(
     body,
     name=name,
@@ -161,6 +168,9 @@ def _call(name: str, body, grid, ins, outs, scratch, interpret: bool):
     scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=MEMORY
+    ),
+    cost_estimate=pl.CostEstimate(
+      flops=steps * work, transcendentals=0, bytes_accessed=read
     ),
     interpret=interpret,
   )(*(array for array, _ in ins))
@@ -204,6 +214,7 @@ def _sums(setting: Setting, x, w, numbers, interpret: bool):
     ins,
     [(like, along)] * 2,
     [(rows, LANES)] * 3,
+    2 * rows * setting.columns * dim,
     interpret,
   )
 
@@ -258,6 +269,7 @@ def _gradients(setting: Setting, x, w, numbers, interpret: bool):
       )
     ],
     [(rows, dim)],
+    4 * rows * columns * dim,
     interpret,
   )
   (dw,) = _call(
@@ -277,6 +289,7 @@ def _gradients(setting: Setting, x, w, numbers, interpret: bool):
       )
     ],
     [(dim, columns)],
+    4 * rows * columns * dim,
     interpret,
   )
   return dx, dw

@@ -13,6 +13,7 @@ up rows, and keys stay as they lie.
 """
 
 import functools
+import math
 from dataclasses import dataclass
 
 import jax
@@ -171,8 +172,17 @@ def _run(setting: Setting, lists, q, k, v, numbers: dict, interpret: bool):
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "arbitrary")
     ),
+    cost_estimate=pl.CostEstimate(  # if every row has all of its pages
+      flops=2 * lists[1].size * rows * math.prod(k.shape[1:3]) * (h + d),
+      transcendentals=0,
+      bytes_accessed=lists[1].size * _page_bytes(k, v),
+    ),
     interpret=interpret,
   )(*lists, q, *[k] * n, *[v] * n, *numbers.values())
+
+
+def _page_bytes(*pools: Array) -> int:
+  return sum(math.prod(x.shape[1:]) * x.dtype.itemsize for x in pools)
 
 
 def _kernel(setting: Setting, names, columns, _, count, at, q, *refs):
