@@ -176,27 +176,12 @@ class Matrices:
   """How an array reads as a stack of matrices.
 
   Attributes:
-    order: the array's dimensions, stacked ones first, then in, then out.
-    stacked: how many dimensions of that order stack matrices.
-    n_in: how many after those come in.
+    stacked: the dimensions that stack matrices.
+    n_in: how many of the others, in order, come in; the rest go out.
   """
 
-  order: tuple[int, ...]
-  stacked: int
+  stacked: tuple[int, ...]
   n_in: int
-
-  def read(self, x: Array) -> Array:
-    """The array as [stacked..., in, out]."""
-    x = jnp.transpose(x, self.order)
-    stacked, rest = x.shape[: self.stacked], x.shape[self.stacked :]
-    n_in, n_out = math.prod(rest[: self.n_in]), math.prod(rest[self.n_in :])
-    return x.reshape(*stacked, n_in, n_out)
-
-  def write(self, x: Array, shape: tuple[int, ...]) -> Array:
-    """The inverse of `read`, for an array of `shape`."""
-    x = x.reshape(tuple(shape[i] for i in self.order))
-    back = sorted(range(len(shape)), key=self.order.__getitem__)
-    return jnp.transpose(x, back)
 
 
 def matrices(param: Param, per_head: bool = False) -> Matrices | None:
@@ -217,8 +202,8 @@ def matrices(param: Param, per_head: bool = False) -> Matrices | None:
     rest.remove(dim)
     stacked.append(dim)
   if not 0 < n_in < len(rest):  # nothing would be left to come in or go out
-    return Matrices(tuple(range(len(param.shape))), param.n_stacked, param.n_in)
-  return Matrices((*stacked, *rest), len(stacked), n_in)
+    return Matrices(tuple(range(param.n_stacked)), param.n_in)
+  return Matrices(tuple(stacked), n_in)
 
 
 # --- The transformation -----------------------------------------------------
@@ -296,11 +281,11 @@ def scale_by_muon(
     view = views[path]
 
     def orthogonal(m: Array) -> Array:
-      x = view.read(m)
-      return view.write(scale(*x.shape[-2:]) * iterate(x), m.shape)
+      n_in = math.prod(m.shape[1 : 1 + view.n_in])
+      x = m.reshape(len(m), n_in, -1)
+      return (scale(*x.shape[1:]) * iterate(x)).reshape(m.shape)
 
-    stacked = view.order[: view.stacked]
-    return on_whole_matrices(orthogonal, m, stacked).astype(m.dtype)
+    return on_whole_matrices(orthogonal, m, view.stacked).astype(m.dtype)
 
   def init(params: Tree) -> MuonState:
     mu = jax.tree.map(jnp.zeros_like, params)

@@ -65,55 +65,104 @@ def sharded(
 def on_whole_matrices(
   fn: Callable[[Array], Array], x: Array, stacked: tuple[int, ...]
 ) -> Array:
-  """`fn(x)`, with matrices dealt out over the devices of the current mesh.
+  """`fn` of stacked matrices, dealt out over the devices of the current mesh.
 
   Args:
-    fn: treats every index of the stacked dimensions alike and apart, keeps
-      the shape, and turns zeros into something finite.
+    fn: maps `[n, ...]`, some of the matrices and their other dimensions whole,
+      to the same shape; treats each index of the first dimension alike and
+      apart, and turns zeros into something finite.
     x: any array; may be sharded in any way.
-    stacked: the dimensions that stack matrices. The first is padded to what
-      the mesh divides; without any, every device computes the same.
+    stacked: the dimensions that stack matrices; together they are padded to
+      what the mesh divides.
 
   Returns:
-    `fn(x)`, sharded like `x` where the mesh's axes are Explicit.
+    The results in the shape of `x`, sharded like `x` where the mesh's axes are
+    Explicit.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
-    return fn(x)
-  spec, padded = _deal(x.shape, stacked, dict(mesh.shape))
-  whole = jnp.pad(x, [(0, p - n) for n, p in zip(x.shape, padded, strict=True)])
-  explicit = AxisType.Explicit in mesh.axis_types
-  move = jax.sharding.reshard if explicit else jax.lax.with_sharding_constraint
-  y = fn(move(whole, spec))
-  if explicit:
-    y = move(y, jax.typeof(whole).sharding.spec)
-  return y[tuple(slice(n) for n in x.shape)]
+    return _in_line(fn, x, stacked)
+  if AxisType.Auto in mesh.axis_types:  # where `x` is, is for XLA to know
+    spec = PartitionSpec(mesh.axis_names)
+
+    def dealt(flat: Array) -> Array:
+      padded = _pad(flat, mesh.size)
+      padded = jax.lax.with_sharding_constraint(padded, spec)
+      return fn(padded)[: len(flat)]
+
+    return _in_line(dealt, x, stacked)
+  spec = jax.typeof(x).sharding.spec
+  moves = _moves(spec, stacked, dict(mesh.shape))
+  ways = math.prod(mesh.shape[axis] for axis, _ in moves)
+
+  def local(flat: Array) -> Array:
+    whole = _pad(flat, ways)
+    for axis, dim in moves:
+      whole = _deal(whole, axis, dim)
+    whole = fn(whole)
+    for axis, dim in reversed(moves):
+      whole = _undo(whole, axis, dim)
+    return whole[: len(flat)]
+
+  return jax.shard_map(
+    lambda x: _in_line(local, x, stacked),
+    in_specs=spec,
+    out_specs=spec,
+    check_vma=False,
+  )(x)
 
 
-def _deal(
-  shape: tuple[int, ...], stacked: tuple[int, ...], sizes: dict[str, int]
-) -> tuple[PartitionSpec, tuple[int, ...]]:
-  """Which mesh axes each stacked dimension takes, and the padded shape."""
-  spec: list[tuple[str, ...] | None] = [None] * len(shape)
-  padded, free = list(shape), dict(sizes)
-  for dim in reversed(stacked):
-    if dim == stacked[0]:  # takes what is left, padded to divide
-      take = tuple(free)
-      n = math.prod(free.values())
-      padded[dim] = -(-shape[dim] // n) * n
-    else:
-      take = _dividing(shape[dim], free)
-    for name in take:
-      free.pop(name)
-    spec[dim] = take or None
-  return PartitionSpec(*spec), tuple(padded)
+def _in_line(
+  fn: Callable[[Array], Array], x: Array, stacked: tuple[int, ...]
+) -> Array:
+  """`fn` of `x` with its stacked dimensions made one, in front."""
+  front = tuple(range(len(stacked)))
+  x = jnp.moveaxis(x, stacked, front)
+  y = fn(x.reshape(-1, *x.shape[len(stacked) :]))
+  return jnp.moveaxis(y.reshape(x.shape), front, stacked)
 
 
-def _dividing(size: int, free: dict[str, int]) -> tuple[str, ...]:
-  """Mesh axes, in order, that together divide `size`."""
-  take, n = [], 1
-  for name, count in free.items():
-    if size % (n * count) == 0:
-      take.append(name)
-      n *= count
-  return tuple(take)
+def _pad(x: Array, ways: int) -> Array:
+  """Zeros at the end, so that `ways` divide the first dimension."""
+  return jnp.pad(x, [(0, -len(x) % ways)] + [(0, 0)] * (x.ndim - 1))
+
+
+Move = tuple[str, int | None]
+
+
+def _moves(
+  spec: PartitionSpec, stacked: tuple[int, ...], sizes: dict[str, int]
+) -> list[Move]:
+  """Mesh axes to deal matrices over, each with the dimension that it cuts now.
+
+  None is for an axis along which all devices hold the same. An axis that cuts
+  a stacked dimension has dealt its share already. Of several axes that cut one
+  dimension the last goes first, so that parts are joined in their order.
+  """
+  names = [e if isinstance(e, tuple) else (e,) for e in spec]
+  used = {name for part in names for name in part}
+  moves: list[Move] = [(n, None) for n in sizes if n not in used]
+  rest = [dim for dim in range(len(spec)) if dim not in stacked]
+  for place, dim in enumerate(rest, start=1):
+    moves += [(name, place) for name in reversed(names[dim]) if name]
+  return [(name, place) for name, place in moves if sizes[name] > 1]
+
+
+def _deal(x: Array, axis: str, dim: int | None) -> Array:
+  """Each device along `axis` takes a part of the matrices, whole along `dim`.
+
+  One axis at a time: XLA's own way from one placement to the other would be
+  to gather everything everywhere first.
+  """
+  if dim is None:
+    n = len(x) // jax.lax.axis_size(axis)
+    start = jax.lax.axis_index(axis) * n
+    return jax.lax.dynamic_slice_in_dim(x, start, n, 0)
+  return jax.lax.all_to_all(x, axis, 0, dim, tiled=True)
+
+
+def _undo(x: Array, axis: str, dim: int | None) -> Array:
+  """The inverse of `_deal`."""
+  if dim is None:
+    return jax.lax.all_gather(x, axis, axis=0, tiled=True)
+  return jax.lax.all_to_all(x, axis, dim, 0, tiled=True)
