@@ -16,7 +16,7 @@ from jaxlm.errors import UserError
 from jaxlm.layers.at import At
 from jaxlm.layers.attend import attend
 from jaxlm.layers.attention import Attention
-from jaxlm.layers.compute import Compute
+from jaxlm.layers.compute import Compute, Split
 from jaxlm.layers.context import zigzag
 from jaxlm.layers.latent import LatentAttention
 from jaxlm.layers.mask import Causal, Chunked, Full, PrefixLM, Sliding
@@ -157,7 +157,7 @@ def differences(mask, seed=0, form="ring", shape=SHAPE, fields=(), **options):
 
   want = both(Compute(attention="reference"))(q, k, v, sinks)
   with jax.sharding.set_mesh(mesh_of()):
-    compute = Compute(rules=preset("cp"), context=form)
+    compute = Compute(rules=preset("cp"), split=Split(form))
     got = both(compute, order)(q, k, v, sinks)
   away = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), got[1], want[1])
   worst = float(np.abs(got[0][1] - want[0][1]).max())
@@ -256,7 +256,7 @@ def test_a_length_that_does_not_divide_is_explained():
 
 def test_an_unknown_form_is_explained():
   """The known ones are named."""
-  compute = Compute(rules=preset("cp"), context="tree")
+  compute = Compute(rules=preset("cp"), split=Split("tree"))
   q = jnp.zeros((2, 8, 2, 4))
   said = r"'tree'; known: ring, gather"
   with jax.sharding.set_mesh(mesh_of()), pytest.raises(UserError, match=said):
@@ -361,7 +361,7 @@ def agree(got: tuple, want: tuple) -> None:
 )
 def test_split_rows_train_as_one_device(name, rule, sizes, form):
   """Forward, gradients, optimizer; every kind of layer that attends."""
-  agree(train(name, rule, sizes, context=form), train(name))
+  agree(train(name, rule, sizes, split=Split(form)), train(name))
 
 
 def test_packed_rows_in_chunks_under_watch():

@@ -27,6 +27,23 @@ def platform() -> str:
 
 
 @dataclass(frozen=True)
+class Split:
+  """How devices work together on what no rule table says.
+
+  Attributes:
+    context: how keys reach the queries of a row that is split over devices:
+      they travel ('ring'), or all come at once ('gather').
+    microbatches: how many a batch is cut into to pass the stages that layers
+      are divided into; 0 means as many as stages.
+    rounds: how often each passes them: 1 is GPipe, more is interleaved.
+  """
+
+  context: str = "ring"
+  microbatches: int = 0
+  rounds: int = 1
+
+
+@dataclass(frozen=True)
 class Compute:
   """How to run a model.
 
@@ -41,8 +58,7 @@ class Compute:
       False scans over the layers (compile time does not grow with depth).
     attention: which implementation of `attend` ('auto', 'reference',
       'blocks', 'flash' for TPUs, 'triton' and 'cudnn' for GPUs).
-    context: how keys reach the queries of a row that is split over devices:
-      they travel ('ring'), or all come at once ('gather').
+    split: how devices share rows and layers that are split among them.
     rules: the sharding rule table, None on one device.
     watch: attention also reports the largest logit of each head, which costs
       another product of queries and keys (QK clip needs it).
@@ -53,7 +69,7 @@ class Compute:
   remat: str = "none"
   unroll: bool = False
   attention: str = "auto"
-  context: str = "ring"
+  split: Split = Split()
   rules: Rules | None = None
   watch: bool = False
 

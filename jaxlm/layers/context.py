@@ -172,9 +172,10 @@ def attend_divided(
   Raises:
     UserError: for an unknown form.
   """
-  if compute.context not in FORMS:
+  form_of = compute.split.context
+  if form_of not in FORMS:
     raise UserError(
-      f"unknown parallel.context {compute.context!r}; known: {', '.join(FORMS)}"
+      f"unknown parallel.context {form_of!r}; known: {', '.join(FORMS)}"
     )
   orders = [at.order or (at.positions is None and "plain") for at in (at, keys)]
   known = orders[0] == orders[1] and not (
@@ -195,7 +196,7 @@ def attend_divided(
     keys=k.shape[1],
     order=order,
     checks=order is None or at.segments is not None,
-    gather=compute.context == "gather",
+    gather=form_of == "gather",
     scale=form.keywords["scale"],
     softcap=form.keywords["softcap"],
   )

@@ -38,6 +38,7 @@ from jaxlm.layers.param import (
 from jaxlm.layers.position import Learned, Sinusoidal
 from jaxlm.layers.recurrent import RNN, place
 from jaxlm.layers.rglru import RGLRU
+from jaxlm.models.segment import run, unstack
 
 Array = jax.Array
 Tree = Any
@@ -316,7 +317,7 @@ def hidden(
   for i, (pattern, n) in enumerate(model.layers):
     name, first = str(i), sum(len(p) * m for p, m in model.layers[:i])
     here = None if cache is None else cache[name]
-    x, out[name] = _segment(
+    x, out[name] = run(
       pattern, n, params["layers"][name], x, at, here, compute, first
     )
   x = model.norm(_gather(model, params, "norm", compute), x)
@@ -384,51 +385,6 @@ def logits(model: Decoder, params: Tree, x: Array, compute: Compute) -> Array:
   return y if model.softcap is None else soft_cap(y, model.softcap)
 
 
-def _segment(
-  pattern: tuple[Block, ...],
-  n: int,
-  params: Tree,
-  x: Array,
-  at: At,
-  cache: Tree | None,
-  compute: Compute,
-  first: int,
-) -> tuple[Array, Tree]:
-  """A pattern of blocks `n` times over, scanned or written out.
-
-  The layers of `params` and `cache` are stacked, or apart (`layers_apart`):
-  then they are written out, and an updated cache is apart as well.
-  """
-  tree = {str(j): b.params() for j, b in enumerate(pattern)}
-  numbers = first + len(pattern) * jnp.arange(n, dtype=jnp.int32)
-
-  def body(x: Array, layer: tuple) -> tuple[Array, Tree]:
-    p, c, number = layer
-    p = gather(p, tree, compute.rules, compute.jnp_dtype)
-    new = {}
-    for j, block in enumerate(pattern):
-      here = at
-      if at.key is not None:
-        here = at.replace(key=jax.random.fold_in(at.key, number + j))
-      name = str(j)
-      x, new[name] = block(
-        p[name], x, here, None if c is None else c[name], compute
-      )
-    return x, new
-
-  body = _remat(body, compute)
-  if not compute.unroll and not isinstance(params, tuple):
-    return jax.lax.scan(body, x, (params, cache, numbers))
-  new = []
-  layers = zip(unstack(params, n), unstack(cache, n), range(n), strict=True)
-  for p, c, i in layers:
-    x, c = body(x, (p, c, numbers[i]))
-    new.append(c)
-  if isinstance(cache, tuple):
-    return x, tuple(new)
-  return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *new)
-
-
 def layers_apart(model: Decoder, layers: Tree) -> Tree:
   """One tree per layer instead of stacked arrays, for parameters or a cache.
 
@@ -439,37 +395,6 @@ def layers_apart(model: Decoder, layers: Tree) -> Tree:
     str(i): tuple(unstack(layers[str(i)], n))
     for i, (_, n) in enumerate(model.layers)
   }
-
-
-def unstack(tree: Tree, n: int) -> list[Tree]:
-  """The `n` layers of a stacked tree; gradients come back by concatenation."""
-  if tree is None or isinstance(tree, tuple):
-    return [None] * n if tree is None else list(tree)
-  leaves, structure = jax.tree.flatten(tree)
-  parts = [jax.lax.split(leaf, (1,) * n, axis=0) for leaf in leaves]
-  return [
-    structure.unflatten([part[i].squeeze(0) for part in parts])
-    for i in range(n)
-  ]
-
-
-_POLICIES = {
-  "dots": "dots_saveable",
-  "dots_no_batch": "dots_with_no_batch_dims_saveable",
-  "full": "nothing_saveable",
-}
-
-
-def _remat(body: Any, compute: Compute) -> Any:
-  """What of a layer is recomputed in the backward pass."""
-  if compute.remat == "none":
-    return body
-  if compute.remat not in _POLICIES:
-    raise UserError(
-      f"unknown remat {compute.remat!r}; known: none, {', '.join(_POLICIES)}"
-    )
-  policy = getattr(jax.checkpoint_policies, _POLICIES[compute.remat])
-  return jax.checkpoint(body, policy=policy, prevent_cse=compute.unroll)
 
 
 def _check(model: Decoder, tokens: Array) -> None:

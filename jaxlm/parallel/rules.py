@@ -165,7 +165,7 @@ def _spec(
     names = [
       n
       for n in _tuple(lookup.get(axis, ()))
-      if mesh.shape.get(n, 1) > 1 and n not in used
+      if _size(n, mesh) > 1 and n not in used
     ]
     while names and size % math.prod(mesh.shape[n] for n in names):
       names.pop()
@@ -173,6 +173,11 @@ def _spec(
     if names:
       spec[i] = tuple(names) if len(names) > 1 else names[0]
   return PartitionSpec(*spec)
+
+
+def _size(name: str, mesh: Any) -> int:
+  """Of a mesh axis that is there to be used: inside a stage, its own is not."""
+  return 1 if name in mesh.manual_axes else mesh.shape.get(name, 1)
 
 
 def _rank(axis: str | None) -> int:
@@ -184,6 +189,7 @@ def _rank(axis: str | None) -> int:
 _SPREAD = ("fsdp", "context", "expert")  # where parameters would else be alike
 _SHARDED = (("embed", _SPREAD), ("latent", _SPREAD))
 _TENSOR = (("heads", "tensor"), ("kv_heads", "tensor"), ("mlp", "tensor"))
+_STAGES = (("layers", "pipe"),)
 _EXPERTS = (("experts", "expert"),)
 
 PARTS: dict[str, Rules] = {
@@ -217,6 +223,15 @@ PARTS: dict[str, Rules] = {
   ),
   # Experts are split, and tokens travel to them (arXiv:2006.16668).
   "ep": Rules(stored=_EXPERTS, computed=_EXPERTS, mesh=(("expert", -1),)),
+  # Layers are divided into stages that micro-batches pass (arXiv:1811.06965).
+  # Before and after them each stage has rows of its own, and its share of the
+  # tables.
+  "pp": Rules(
+    stored=(*_STAGES, ("vocab", "pipe")),
+    computed=_STAGES,
+    activations=(("batch", (*_BATCH[0][1], "pipe")), *_BATCH[1:]),
+    mesh=(("pipe", -1),),
+  ),
 }
 
 # At most one of these: they answer the same question in different ways.
