@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 import jaxlm
 from jaxlm import tasks
+from jaxlm.data.chat import BARE, PLAIN, ChatTemplate
 from jaxlm.data.tokenizers import Bytes, Chars
 from jaxlm.errors import UserError
 from jaxlm.evaluate import __main__ as program
-from jaxlm.evaluate import browser, harness, likelihood, results
+from jaxlm.evaluate import browser, harness, likelihood, respond, results
 from jaxlm.evaluate.likelihood import Judge, Likelihood, windows
 from jaxlm.generate import __main__ as generate
 from jaxlm.layers.param import init
@@ -162,6 +163,25 @@ def test_a_task_is_evaluated(workdir, tmp_path, capsys):
   assert "50.0 %" in again
 
 
+def test_a_template_writes_the_prompts(judge):
+  """The model's own, unless another or none is asked for; bare is none."""
+
+  def chosen(name, own):
+    found = types.SimpleNamespace(template=own)
+    return program.template(types.SimpleNamespace(template=name), found)
+
+  own = ChatTemplate(PLAIN)
+  assert chosen(None, own) == chosen("plain", None) == own
+  assert chosen("none", own) is chosen("bare", own) is None
+  assert chosen(None, ChatTemplate(BARE)) is chosen(None, None) is None
+  with pytest.raises(UserError, match="neither chatml"):
+    chosen("owl", own)
+  (example,) = tasks.examples(tasks.make("copy", levels=1), "test", 1)
+  turn = [{"role": "user", "content": example.prompt}]
+  assert respond._said(example, own) == turn
+  assert respond._said(example, None) == example.prompt
+
+
 def test_samples_are_counted(workdir, tmp_path, capsys):
   """Several of a prompt, from a file of one's own questions."""
   path = tmp_path / "own.jsonl"
@@ -209,6 +229,15 @@ def test_before_and_after(tmp_path, capsys):
   assert change["difference"]["value"] == 75
   assert change["wins"] == 1.0
   assert about["come_right"] == 30
+  level = about["slices"]["level"]["1"]["change"]
+  _, old = results.read_results(tmp_path / "old.json")
+  _, new = results.read_results(tmp_path / "new.json")
+  gains = [
+    b.scores[0] - a.scores[0]
+    for a, b in zip(old, new, strict=True)
+    if a.example.level == 1
+  ]
+  assert level["difference"]["value"] == pytest.approx(100 * np.mean(gains))
 
 
 def test_a_text_is_judged(judge, workdir, tmp_path, capsys):

@@ -241,38 +241,65 @@ def report(
 ) -> None:
   """Prints the tables, and writes them as JSON and HTML where that is asked."""
   names = [n for n in (flags.metrics or "").split(",") if n]
-  both = [*records, *(before or ())]
-  metrics, missing = measure.choose(both, names)
-  told: dict[str, Any] = {
+  metrics, missing = measure.choose([*records, *(before or ())], names)
+  about = {
     "name": name,
     "task": flags.task or task.name,
     "n": len(records),
     "samples": min(len(r.texts) for r in records),
   }
-  found = measure.measure(records, metrics, flags.times)
-  parts = measure.sliced(records, metrics[:2], flags.times)
-  told |= {"metrics": _plain(found), "slices": _plain(parts)}
-  lines = [f"{name}: {told['task']}, {len(records):,} examples", ""]
+  head = f"{name}: {about['task']}, {len(records):,} examples"
   if before is None:
-    lines += [show.metrics(found), ""]
+    figures, tables = alone(records, metrics, flags.times)
   else:
-    changes = compare.compare(before, records, metrics, flags.times)
-    fixed, broken = compare.flips(before, records)
-    told |= {"before": flags.before, "changes": _plain(changes)}
-    told |= {"come_right": len(fixed), "gone_wrong": len(broken)}
-    lines[0] += f", before: {flags.before}"
-    lines += [show.changes(changes), ""]
-    lines += [f"{len(fixed):,} come right, {len(broken):,} gone wrong", ""]
-  if parts:
-    lines += [show.slices(parts, [m.name for m in metrics[:2]]), ""]
+    head += f", before: {flags.before}"
+    about["before"] = flags.before
+    figures, tables = compared(before, records, metrics, flags.times)
   if missing:
-    lines += [f"{', '.join(missing)} left out: pip install 'jaxlm[eval]'", ""]
-  summary = "\n".join(lines[:-1])
+    tables.append(f"{', '.join(missing)} left out: pip install 'jaxlm[eval]'")
+  summary = "\n\n".join([head, *tables])
   print(summary)
   if flags.out is not None:
-    files.write(flags.out, files.to_json(told, records))
+    files.write(flags.out, files.to_json(about | _plain(figures), records))
   if flags.html is not None:
     files.write(flags.html, browser.page(name, summary, records, before))
+
+
+def alone(
+  records: Sequence[Record], metrics: Sequence[measure.Metric], times: int
+) -> tuple[dict[str, Any], list[str]]:
+  """Figures of responses, and tables of them."""
+  found = measure.measure(records, metrics, times)
+  some = metrics[:2]
+  parts = measure.sliced(records, some, times)
+  tables = [show.metrics(found)]
+  if parts:
+    tables.append(show.slices(parts, [m.name for m in some]))
+  return {"metrics": found, "slices": parts}, tables
+
+
+def compared(
+  before: Sequence[Record],
+  after: Sequence[Record],
+  metrics: Sequence[measure.Metric],
+  times: int,
+) -> tuple[dict[str, Any], list[str]]:
+  """Figures of what has changed, and tables of them."""
+  found = compare.compare(before, after, metrics, times)
+  parts = compare.sliced(before, after, metrics[0], times)
+  fixed, broken = compare.flips(before, after)
+  flips = f"{len(fixed):,} come right, {len(broken):,} gone wrong"
+  tables = [show.changes(found), flips]
+  if parts:
+    tables.append(f"{metrics[0].name}, by slices\n{show.changed(parts)}")
+  figures = {
+    "metrics": {name: change.after for name, change in found.items()},
+    "changes": found,
+    "slices": parts,
+    "come_right": len(fixed),
+    "gone_wrong": len(broken),
+  }
+  return figures, tables
 
 
 def _plain(x: Any) -> Any:

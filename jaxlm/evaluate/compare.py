@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from jaxlm.errors import UserError
 from jaxlm.evaluate import bootstrap
 from jaxlm.evaluate.bootstrap import Estimate
-from jaxlm.evaluate.measure import Metric
+from jaxlm.evaluate.measure import Metric, slices
 from jaxlm.evaluate.results import Record
 
 
@@ -73,6 +74,24 @@ def compare(
       for side in (0, 1)
     )
     found[m.name] = _change(*old, *new)
+  return found
+
+
+def sliced(
+  before: Sequence[Record],
+  after: Sequence[Record],
+  metric: Metric,
+  times: int = bootstrap.TIMES,
+  seed: int = 0,
+) -> dict[str, dict[str, dict[str, Any]]]:
+  """One metric of both in every slice: `[kind][name]` has `n` and `change`."""
+  found: dict[str, dict[str, dict[str, Any]]] = {}
+  for kind, parts in slices(after).items():
+    found[kind] = {}
+    for name, where in parts.items():
+      sides = ([side[i] for i in where] for side in (before, after))
+      change = compare(*sides, [metric], times, seed)[metric.name]
+      found[kind][name] = {"n": len(where), "change": change}
   return found
 
 

@@ -19,12 +19,14 @@ from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.layers.compute import Compute
 from jaxlm.losses import cross_entropy
-from jaxlm.models.decoder import Decoder, forward
+from jaxlm.models.decoder import Decoder, hidden, logits
 
 Tree = Any
 Pair = tuple[Sequence[int], Sequence[int]]
 
-_STEP = 32  # lengths are rounded up to multiples: fewer programs to compile
+# Lengths are rounded up to multiples of this, so that few programs are
+# compiled; logits of so many positions are held at a time.
+_STEP = 32
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,29 @@ def _together(parts: Sequence[Likelihood]) -> Likelihood:
 def _losses(
   model: Decoder, compute: Compute, params: Tree, tokens: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Loss of every token after the first, and the likeliest instead of it."""
-  logits = forward(model, params, tokens[:, :-1], compute=compute)
-  loss, _ = cross_entropy(logits, tokens[:, 1:])
-  return loss, jnp.argmax(logits, axis=-1)
+  """Loss of every token after the first, and the likeliest instead of it.
+
+  Logits are made for a few positions at a time, and never all of them.
+  """
+  x, _ = hidden(model, params, tokens[:, :-1], compute=compute)
+  parts = [_parted(y) for y in (x, tokens[:, 1:])]
+
+  def one(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    h, targets = part
+    y = logits(model, params, h, compute)
+    return cross_entropy(y, targets)[0], jnp.argmax(y, axis=-1)
+
+  seq = x.shape[1]
+  found = jax.lax.map(one, tuple(parts))
+  loss, best = (jnp.moveaxis(y, 0, 1) for y in found)
+  rows = len(tokens)
+  return loss.reshape(rows, -1)[:, :seq], best.reshape(rows, -1)[:, :seq]
+
+
+def _parted(x: jax.Array) -> jax.Array:
+  """[rows, seq, ...] to [parts, rows, some, ...], padded at the end."""
+  n = -(-x.shape[1] // _STEP)
+  x = jnp.pad(
+    x, ((0, 0), (0, n * _STEP - x.shape[1]), *[(0, 0)] * (x.ndim - 2))
+  )
+  return jnp.moveaxis(x.reshape(len(x), n, _STEP, *x.shape[2:]), 1, 0)

@@ -31,21 +31,33 @@ def slices(found: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> str:
   return table(rows, left=2)
 
 
+_CHANGE = ("before", "after", "change", "95 %", "wins")
+
+
 def changes(found: Mapping[str, Change]) -> str:
   """A line for each metric of two systems."""
-  rows = [("metric", "before", "after", "change", "95 %", "wins")]
-  for name, c in found.items():
-    rows.append(
-      (
-        name,
-        _number(c.before.value),
-        _number(c.after.value),
-        _number(c.difference.value, "+"),
-        _range(c.difference, "+"),
-        f"{100 * c.wins:.1f} %",
-      )
-    )
-  return table(rows)
+  return table(
+    [("metric", *_CHANGE), *((name, *_cells(c)) for name, c in found.items())]
+  )
+
+
+def changed(found: Mapping[str, Mapping[str, Any]]) -> str:
+  """A line for each slice, with one metric of two systems."""
+  rows: list[Sequence[str]] = [("slice", "", "n", *_CHANGE)]
+  for kind, parts in found.items():
+    for name, part in parts.items():
+      rows.append((kind, name, f"{part['n']:,}", *_cells(part["change"])))
+  return table(rows, left=2)
+
+
+def _cells(c: Change) -> tuple[str, ...]:
+  return (
+    _number(c.before.value),
+    _number(c.after.value),
+    _number(c.difference.value, "+"),
+    _range(c.difference, "+"),
+    f"{100 * c.wins:.1f} %",
+  )
 
 
 def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
