@@ -182,6 +182,27 @@ def test_a_template_writes_the_prompts(judge):
   assert respond._said(example, None) == example.prompt
 
 
+def test_responses_may_hold_any_line_end(monkeypatch, judge):
+  """Unicode has more of them than a file of JSON lines."""
+  said = "a\u2028b\x85c"
+
+  class Batches:
+    def __init__(self, *_):
+      pass
+
+    def lines(self, requests):
+      row = {"text": said, "finish_reason": "stop"}
+      lines = [json.dumps(r.told() | row, ensure_ascii=False) for r in requests]
+      yield len(requests), "".join(line + "\n" for line in lines)
+
+  monkeypatch.setattr(respond, "Batches", Batches)
+  figures = types.SimpleNamespace(new_tokens=0)
+  writer = types.SimpleNamespace(figures=figures)
+  task = tasks.make("add")
+  found = respond.respond(writer, task, tasks.examples(task, "test", 2))
+  assert [r.texts for r in found] == [(said,), (said,)]
+
+
 def test_samples_are_counted(workdir, tmp_path, capsys):
   """Several of a prompt, from a file of one's own questions."""
   path = tmp_path / "own.jsonl"

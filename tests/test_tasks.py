@@ -146,6 +146,8 @@ def test_a_task_that_is_used_up_says_so():
       tasks.examples(task, split, size + 1)
   with pytest.raises(UserError, match="'train' and 'test'"):
     tasks.examples(task, "valid", 1)
+  with pytest.raises(UserError, match="ask for 0 or more"):
+    tasks.examples(task, "train", -1)
 
 
 # --- Names --------------------------------------------------------------------

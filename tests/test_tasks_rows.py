@@ -164,6 +164,7 @@ def test_useless_rows_are_counted_and_told(tmp_path, capsys):
     ('{"prompt": 3, "response": "b"}', "line 2: prompt=3 is not a text"),
     ('{"prompt": "a", "response": "b", "rejected": 1}', "rejected=1"),
     ('{"prompt": "a", "response": "b", "level": "x"}', "level='x'"),
+    (r'{"prompt": "\ud83d", "response": "b"}', "half a surrogate pair"),
     ('{"messages": []}', "messages should be a list"),
     ('{"messages": [{"role": "user"}]}', "messages should be a list"),
     ('{"messages": [{"role": "user", "content": "a"}]}', "has to be the assi"),

@@ -174,7 +174,7 @@ class _Answers:
     found = {}
     asked = [Request(i, context) for i, context in enumerate(contexts)]
     for _, lines in batches.lines(asked):
-      for line in lines.splitlines():
+      for line in lines.split("\n")[:-1]:  # texts may hold other line ends
         said = json.loads(line)
         if "error" in said:
           raise UserError(f"a prompt of the harness: {said['error']}")

@@ -38,7 +38,7 @@ def respond(
   found: dict[int, list[dict]] = {}
   bar = Bar(len(requests))
   for done, lines in batches.lines(requests):
-    for line in lines.splitlines():
+    for line in lines.split("\n")[:-1]:  # a text may hold other line ends
       said = json.loads(line)
       found.setdefault(said["id"], []).append(said)
     bar.show(done, writer.figures.new_tokens)

@@ -213,9 +213,16 @@ def _example(
     raise _UselessError("equal sides")
   if "rejected" in row and not rejected.strip():
     raise _UselessError("an empty rejected side")
+  if _halves(prompt + response + rejected):
+    raise UserError("half a surrogate pair (\\ud800 to \\udfff) is no text")
   answer = str(row.get("answer", response))
   skill = str(row.get("skill", path.name.split(".")[0]))
   return Example(prompt, response, rejected, answer, skill, level)
+
+
+def _halves(text: str) -> bool:
+  """Whether a text has characters that only pairs of UTF-16 are made of."""
+  return any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def _prompt(row: dict[str, Any], render: Callable[[Messages], str]) -> str:

@@ -87,6 +87,8 @@ def examples(task: Task, split: str, n: int, seed: int = 0) -> list[Example]:
   """
   if split not in ("train", "test"):
     raise UserError(f"split={split!r}; a task has 'train' and 'test'")
+  if n < 0:
+    raise UserError(f"{n} examples of {task.name!r}; ask for 0 or more")
   found: dict[str, Example] = {}
   index = last = 0
   while len(found) < n:
