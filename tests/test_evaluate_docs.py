@@ -62,6 +62,14 @@ def test_every_flag_is_in_the_table(page, parser):
   assert told == known - {"-h", "--help"}
 
 
+def test_what_the_program_prints(capsys):
+  """The lines below the command."""
+  shown = TASKS.split("$ python -m ")[1].split("```")[0]
+  command, _, lines = shown.partition("\n")
+  writer.main(command.split()[1:])
+  assert capsys.readouterr().out == lines
+
+
 def test_the_table_of_skills():
   """Every skill, its prompts and responses, and what a level is."""
   rows = re.findall(r"^\| `(\w+)` \| `([^`]*)` \| `([^`]*)`", TASKS, re.M)
