@@ -225,3 +225,19 @@ def memory() -> dict[str, int]:
   if peaks:
     found["device"] = max(peaks)
   return found
+
+
+def copy_rate(megabytes: int = 64, seconds: float = 0.2) -> float:
+  """Bytes a second that this machine's memory reads and writes, measured now.
+
+  The best of as many copies of an array as fit into `seconds`; each byte is
+  read once and written once.
+  """
+  source = np.ones(megabytes << 17, np.float64)
+  target = source.copy()  # touched, so that no page has to be found later
+  shortest, deadline = math.inf, time.perf_counter() + seconds
+  while shortest == math.inf or time.perf_counter() < deadline:
+    start = time.perf_counter()
+    np.copyto(target, source)
+    shortest = min(shortest, time.perf_counter() - start)
+  return 2 * source.nbytes / shortest

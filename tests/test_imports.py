@@ -28,7 +28,7 @@ _MIDDLE = (
 )
 _UPPER = "evaluate explain recipe rl"
 _PROGRAMS = (
-  "host program convert train serve doctor generate.__main__ "
+  "host program convert plan train serve doctor generate.__main__ "
   "tasks.__main__ evaluate.__main__"
 )
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from jaxlm.errors import UserError
@@ -71,12 +72,15 @@ def make_mesh(
       f"{len(devices)}; set parallel.mesh to sizes that multiply to "
       f"{len(devices)}, or one of them to -1 to fill in"
     )
-  return jax.make_mesh(
-    tuple(wanted.values()),
-    MESH_AXES,
-    axis_types=(AxisType.Explicit,) * len(MESH_AXES),
-    devices=devices,
-  )
+  shape = tuple(wanted.values())
+  kinds = (AxisType.Explicit,) * len(MESH_AXES)
+  try:
+    return jax.make_mesh(shape, MESH_AXES, axis_types=kinds, devices=devices)
+  except NotImplementedError:  # an axis that is part of one of a TPU's torus
+    grid = mesh_utils.create_device_mesh(
+      shape, devices, allow_split_physical_axes=True
+    )
+    return Mesh(grid, MESH_AXES, axis_types=kinds)
 
 
 def process_rows(

@@ -1,0 +1,108 @@
+"""Plans a run on hardware that need not be there.
+
+    python -m jaxlm.plan --config=configs/llama3_8b.py --target=v5e:16x16
+    python -m jaxlm.plan --config=FILE --target=h100:64 --tokens=1e12 --price=2
+
+The programs of the run are compiled for the target from shapes alone, and read.
+Prices are yours: `--price` is dollars per chip and hour.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from jaxlm import program
+from jaxlm.errors import UserError
+
+
+def main(argv: Sequence[str]) -> None:
+  """Prints and saves the plan that the flags ask for."""
+  run = program.load(argv, add_flags(program.parser(__doc__)))
+  flags = run.flags
+  if flags.target is None:
+    raise UserError(f"name a target, as in --target=v5e:16x16; {KNOWN}")
+  from jaxlm.plan import make, memory, report  # JAX starts here
+
+  which = [name.strip() for name in flags.programs.split(",")]
+  generation = _generation(flags)
+  where = make.site(flags.target, flags.memory_limit)
+  if flags.explain:
+    flags.no_compile = True
+  made = make.plan(
+    run.config,
+    where,
+    which,
+    generation,
+    not flags.no_compile,
+    lambda text: print(f"plan     {text}", file=sys.stderr, flush=True),
+  )
+  found = report.facts(made, flags.tokens, flags.price)
+  print(report.text(found))
+  extra = []
+  for o in made.outcomes:
+    if o.refused or o.total > where.limit:
+      told = memory.explain(
+        run.config, made.model, where, o.name, generation, o.total
+      )
+      extra.append(str(told))
+  print("".join(f"\n{text}\n" for text in extra), end="")
+  paths = report.save(found, run.workdir, "\n\n".join(extra))
+  print("\nsaved    " + ", ".join(map(str, paths)))
+
+
+KNOWN = "chips: v5e, v5p, v6e, h100, cpu"
+
+
+def add_flags(flags: argparse.ArgumentParser) -> argparse.ArgumentParser:
+  """The program's own flags."""
+  flags.add_argument(
+    "--target", metavar="CHIP:SIZE", help="v5e:16x16, v5p:8x8x8, h100:64, cpu:8"
+  )
+  flags.add_argument(
+    "--programs", default="train,prefill,decode", help="which to plan"
+  )
+  flags.add_argument("--tokens", type=_number, help="to train on, for days")
+  flags.add_argument(
+    "--price", type=_number, help="dollars per chip and hour, for the cost"
+  )
+  flags.add_argument(
+    "--rows", type=int, default=0, help="texts at once in prefill and decode"
+  )
+  flags.add_argument(
+    "--length", type=int, default=0, help="tokens of each; default seq_len"
+  )
+  flags.add_argument("--cache", help="full, int8, window=1024, ... as generate")
+  flags.add_argument(
+    "--memory-limit", type=_bytes, help="per device, as in 16G; default all"
+  )
+  flags.add_argument(
+    "--no-compile", action="store_true", help="estimates alone, in a second"
+  )
+  return flags
+
+
+def _generation(flags: argparse.Namespace):
+  from jaxlm.generate.options import parse_cache
+  from jaxlm.plan.make import Generation
+
+  if flags.rows < 0 or flags.length < 0:
+    raise UserError("--rows and --length are numbers of at least 1")
+  if flags.cache is None:
+    return Generation(flags.rows, flags.length)
+  return Generation(flags.rows, flags.length, parse_cache(flags.cache))
+
+
+def _number(text: str) -> float:
+  """A positive number: 1e12, 15T, 300B."""
+  unit = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}.get(text[-1:].upper(), 1.0)
+  return float(text if unit == 1.0 else text[:-1]) * unit
+
+
+def _bytes(text: str) -> float:
+  """Bytes, with a unit of 1,024 each if any: 16G, 900M."""
+  unit = "KMGT".find(text[-1:].upper())
+  return float(text[:-1]) * 1024 ** (unit + 1) if unit >= 0 else float(text)
+
+
+if __name__ == "__main__":
+  program.run(main)

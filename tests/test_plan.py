@@ -1,0 +1,355 @@
+"""Plans: reading programs before and after a compiler, chips, memory, words.
+
+The parsers are fed planted text whose answer is counted by hand; the readings
+are held to the compiler's own figures on the eight CPU devices of the tests.
+"""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm import keys
+from jaxlm.config import freeze
+from jaxlm.errors import UserError
+from jaxlm.plan import hlo, make, memory, report, roofline, target
+from jaxlm.plan.chips import CHIPS
+from jaxlm.plan.network import Message, Network
+from jaxlm.plan.traced import Reading, read
+
+# --- Targets ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("text", "words"),
+  [
+    ("v9:2x2", "unknown target 'v9:2x2'; chips: v5e, v5p, v6e, h100, cpu"),
+    ("v5e", "no size"),
+    ("v5e:4x0", "no size"),
+    ("v5p:4x4", "3 dimensions"),
+    ("h100:2x2", "1 dimension;"),
+    ("h100:12", "come in nodes of 8; ask for 16"),
+    ("cpu:4096", "started with 8 CPU devices"),
+  ],
+)
+def test_a_target_that_is_none_is_told(monkeypatch, text, words):
+  """Each says what would be right."""
+  monkeypatch.setattr(target, "prepare", lambda goal: None)
+  monkeypatch.setattr(target.importlib.util, "find_spec", lambda name: name)
+  with pytest.raises(UserError, match=words):
+    make.site(text)
+
+
+@pytest.mark.parametrize(
+  ("text", "extra"), [("v5e:2x2", "jaxlm.tpu."), ("h100:8", "jaxlm.cuda12.")]
+)
+def test_a_compiler_that_is_missing_is_named(monkeypatch, text, extra):
+  """With the extra that brings it."""
+  monkeypatch.setattr(target.importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(UserError, match=extra):
+    target.devices(target.parse(text))
+
+
+def test_every_chip_has_its_sources():
+  """And a peak for what models are computed in."""
+  for chip in CHIPS.values():
+    assert all("https://" in source for source in chip.sources[:1])
+    assert chip.peak("bfloat16") >= chip.peak("float32") > 0
+
+
+# --- The network ------------------------------------------------------------
+
+
+def torus(names=("fsdp", "tensor"), sizes=(16, 2), chip="v5e") -> Network:
+  """A mesh laid along the dimensions of a torus."""
+  grid = np.stack(np.meshgrid(*map(np.arange, sizes), indexing="ij"), -1)
+  return Network(CHIPS[chip], names, sizes, grid)
+
+
+def test_the_rate_of_an_axis_of_a_torus():
+  """A v5e sends 100 GB/s along each dimension that closes to a ring, half of
+  it where that is open, and both together where an axis spans both.
+  """
+  net = torus()
+  assert net.rate(["fsdp"]) == 100e9
+  assert net.rate(["tensor"]) == 50e9
+  assert net.rate(["fsdp", "tensor"]) == 150e9
+
+
+def test_the_rate_among_gpus():
+  """NVLink within a node; between nodes all adapters that the group has."""
+  places = np.array([(i // 8, i) for i in range(32)])
+  net = Network(
+    CHIPS["h100"], ("fsdp", "tensor"), (4, 8), places.reshape(4, 8, 2)
+  )
+  assert net.rate(["tensor"]) == 450e9
+  assert net.rate(["fsdp"]) == 50e9
+  assert net.rate(["fsdp", "tensor"]) == 400e9
+
+
+def test_how_long_messages_take():
+  """An all-reduce is a reduce-scatter and an all-gather; by hand."""
+  net = torus()
+  gather = net.seconds(Message("all-gather", ("fsdp",), 1600, 3))
+  assert gather == pytest.approx(3 * 1600 * 15 / 16 / 100e9)
+  both = net.seconds(Message("all-reduce", ("fsdp",), 1600, 3))
+  assert both == pytest.approx(2 * gather)
+  assert net.seconds(Message("all-gather", (), 1600)) == 0
+
+
+# --- Compiled programs ------------------------------------------------------
+
+PLANTED = """\
+HloModule jit_call, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %add.1 = f32[] add(%a, %b)
+}
+
+%fused_slice (p0: f32[6,128], p1: s32[]) -> f32[128] {
+  %p0 = f32[6,128]{1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %cut = f32[1,128]{1,0} dynamic-slice(%p0, %p1), dynamic_slice_sizes={1,128}
+  ROOT %flat = f32[128]{0} bitcast(%cut)
+}
+
+%part (p: bf16[8,4]) -> bf16[128,4] {
+  %p = bf16[8,4]{1,0} parameter(0)
+  ROOT %all-gather.9 = bf16[128,4]{1,0} all-gather(%p), channel_id=5, \
+replica_groups=mesh['a'=16,'b'=2] {'a'}, dimensions={0}
+}
+
+%rest (p: bf16[8,4]) -> bf16[128,4] {
+  %p = bf16[8,4]{1,0} parameter(0)
+  ROOT %all-gather.10 = bf16[128,4]{1,0} all-gather(%p), channel_id=5, \
+replica_groups=mesh['a'=16,'b'=2] {'a'}, dimensions={0}
+}
+
+%body (t: (s32[], f32[6,128])) -> (s32[], f32[6,128]) {
+  %t = (s32[], f32[6,128]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %x = f32[6,128]{1,0} get-tuple-element(%t), index=1
+  %slice = f32[128]{0} fusion(%x, %i), kind=kLoop, calls=%fused_slice, \
+backend_config={"window_config":{"estimated_cycles":"500"}}
+  %w = bf16[8,4]{1,0:T(8,128)S(1)} convert(%slice)
+  %early = bf16[128,4]{1,0:S(1)} fusion(%w), kind=kCustom, calls=%part
+  %late = bf16[128,4]{1,0:S(1)} fusion(%w), kind=kCustom, calls=%rest
+  %sum = f32[128]{0} all-reduce(%slice), channel_id=6, \
+replica_groups=[16,2]<=[32], to_apply=%add
+  ROOT %out = (s32[], f32[6,128]{1,0}) tuple(%i, %x)
+}
+
+%condition (t: (s32[], f32[6,128])) -> pred[] {
+  %t = (s32[], f32[6,128]{1,0}) parameter(0)
+  %n = s32[] constant(6)
+  %i = s32[] get-tuple-element(%t), index=0
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (x: f32[6,128]) -> f32[6,128] {
+  %x = f32[6,128]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %start = (s32[], f32[6,128]{1,0}) tuple(%zero, %x)
+  %loop = (s32[], f32[6,128]{1,0}) while(%start), condition=%condition, \
+body=%body
+  ROOT %y = f32[6,128]{1,0} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_a_compiled_program_by_hand():
+  """Loops by the constant they compare with, one message for each channel,
+  a slice's traffic for what is only sliced, nothing for on-chip memory.
+  """
+  found = hlo.read(PLANTED, torus())
+  assert set(found.messages) == {
+    Message("all-gather", ("fsdp",), 128 * 4 * 2, 6),
+    Message("all-reduce", ("tensor",), 128 * 4, 6),
+  }
+  assert found.cycles == 6 * 500
+  cut = 128 * 4 + 4  # a row, and its number
+  reads = cut + 128 * 4  # the convert's operand
+  assert found.traffic >= 6 * (reads + cut)
+  assert found.traffic < 6 * 6 * 128 * 4  # never all six rows
+
+
+@pytest.mark.parametrize(
+  ("text", "group"),
+  [
+    ("replica_groups={{0,1,2},{3,4,5}}", [0, 1, 2]),
+    ("replica_groups=[2,4]<=[8]", [0, 1, 2, 3]),
+    ("replica_groups=[4,2]<=[2,4]T(1,0)", [0, 4]),
+    ("replica_groups=mesh['a'=2,'b'=4] {'b'}", [0, 1, 2, 3]),
+    ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}", [0, 1, 4, 5]),
+    ("channel_id=1", list(range(8))),
+  ],
+)
+def test_groups_in_every_spelling(text, group):
+  """XLA writes them in three ways."""
+  assert hlo.first_group(text, 8) == group
+
+
+# --- Traced programs --------------------------------------------------------
+
+
+def test_work_is_counted_in_loops_and_again():
+  """Two products of 8 x 16 x 16, each in a scan of 5; twice in the backward
+  pass, and once more where it is computed again.
+  """
+
+  def f(w, x):
+    def body(x, w):
+      return jnp.tanh(x @ w), None
+
+    return jnp.sum(jax.lax.scan(jax.checkpoint(body), x, w)[0])
+
+  w, x = jnp.ones((5, 16, 16)), jnp.ones((8, 16))
+  once = 5 * 2 * 8 * 16 * 16
+  forward = read(jax.jit(f).trace(w, x).jaxpr, [("parameters", "w"), ("", "x")])
+  assert forward.flops == {"float32": once}
+  traced = jax.jit(jax.grad(f)).trace(w, x)
+  both = read(traced.jaxpr, [("parameters", "w"), ("", "x")])
+  assert both.flops == {"float32": 4 * once}
+  assert both.saved == {"input float32[5x8x16]": 5 * 8 * 16 * 4}
+
+
+def tiny(**changes) -> dict:
+  """A small decoder that is planned, not trained."""
+  flat = keys.defaults() | {
+    "model.family": "llama",
+    "model.vocab": 512,
+    "model.dim": 64,
+    "model.layers": 4,
+    "model.heads": 4,
+    "model.kv_heads": 2,
+    "model.mlp_dim": 256,
+    "batch_size": 16,
+    "seq_len": 128,
+    "parallel.preset": "fsdp",
+  }
+  return freeze(flat | {k.replace("__", "."): v for k, v in changes.items()})
+
+
+@pytest.fixture(scope="module")
+def site() -> make.Site:
+  """Eight CPU devices, with figures that need no measuring."""
+  return make.Site(
+    target.parse("cpu:8"), CHIPS["h100"], tuple(jax.devices()), 80e9
+  )
+
+
+@pytest.fixture(scope="module")
+def planned(site) -> make.Plan:
+  """One plan for all tests that read one."""
+  return make.plan(tiny(), site, ("train", "decode"))
+
+
+def test_memory_adds_up_to_the_compilers(planned):
+  """Arguments to a hundredth, all in all within a factor of two."""
+  for o in planned.outcomes:
+    assert 0.5 < o.reading.peak / o.total < 2.0
+  train = planned.outcomes[0]
+  each = planned.model.n_params() * 4 * 3 / 8  # and Adam's two, over eight
+  assert train.memory["arguments"] == pytest.approx(each, rel=0.05)
+
+
+def test_messages_agree_with_the_compiled_program(planned, site):
+  """What FSDP gathers is all weights, forward and, without remat, no more."""
+  train = planned.outcomes[0]
+  gathered = sum(
+    m.bytes * m.times for m in train.messages if m.kind == "all-gather"
+  )
+  told = sum(
+    m.bytes * m.times for m in train.reading.messages if m.kind == "all-gather"
+  )
+  assert gathered == pytest.approx(told, rel=0.25)
+  assert gathered >= 0.9 * planned.model.n_params() * 4
+
+
+def test_work_agrees_with_the_compiled_program(site):
+  """XLA's own count of a program whose layers are written out."""
+  config = tiny(unroll=True, parallel__preset="dp", optimizer__name="sgd")
+  mesh = site.mesh(config)
+  model = make.programs.decoder(config)
+  program = make.traced(config, model, mesh, "train")
+  counted = program.traced.lower().compile().cost_analysis()["flops"]
+  told = sum(program.reading().flops.values())
+  assert told == pytest.approx(counted, rel=0.2)
+
+
+def test_times_by_hand(site):
+  """Each part over its rate; the longest, and their sum."""
+  mesh = site.mesh(tiny())
+  net = site.network(mesh)
+  done = Reading()
+  done.flops["bfloat16"] = 989.4e12
+  compiled = hlo.Compiled(
+    (Message("all-gather", ("fsdp",), int(450e9 * 8 / 7)),), 2 * 3352e9, 0, 0
+  )
+  t = roofline.times(done, compiled, net)
+  assert (t.compute, t.memory) == (pytest.approx(1), pytest.approx(2))
+  assert t.network == pytest.approx(1)
+  assert (t.least, t.most, t.bound) == (2, pytest.approx(3), "memory")
+  assert roofline.mfu(989.4e12 * 8, 2.0, 8, 989.4e12) == 0.5
+
+
+# --- Too little memory ------------------------------------------------------
+
+
+def test_what_does_not_fit_is_explained(site):
+  """The largest array comes first, and the three changes that save most do."""
+  config, limit = tiny(seq_len=256), make.dataclasses.replace(site, limit=1e6)
+  model = make.programs.decoder(config)
+  told = memory.explain(config, model, limit, "train")
+  sizes = [a.bytes for a in told.largest]
+  assert sizes == sorted(sizes, reverse=True)
+  assert sizes[0] > 100_000
+  saved = [s.bytes for s in told.savings]
+  assert len(saved) == 3
+  assert saved == sorted(saved, reverse=True)
+  changes = " ".join(s.change for s in told.savings)
+  assert "remat=full" in changes
+  assert all(x in str(told) for x in ("1.00MB", "float32[", "save most"))
+
+
+def test_a_saving_is_what_the_change_saves(site):
+  """The estimate of the changed config is smaller by as much."""
+  config = tiny(seq_len=256)
+  model = make.programs.decoder(config)
+  told = memory.explain(config, model, site, "train", most=10)
+  saving = next(s for s in told.savings if "remat=full" in s.change)
+  before, after = (
+    make.outcome(
+      c, model, site, site.mesh(c), "train", compiled=False
+    ).reading.peak
+    for c in (config, tiny(seq_len=256, remat="full"))
+  )
+  assert before - after == saving.bytes
+
+
+# --- Pages ------------------------------------------------------------------
+
+
+def test_pages(planned, tmp_path):
+  """Text, JSON and HTML say the same; a budget becomes days and dollars."""
+  found = report.facts(planned, tokens=1e9, price=2.0)
+  train = found["programs"]["train"]
+  seconds = train["seconds"]["serial"]
+  days = 1e9 / (16 * 128) * seconds / 86400
+  assert train["budget"]["days"]["serial"] == pytest.approx(days)
+  cost = train["budget"]["cost"]["serial"]
+  assert cost == pytest.approx(days * 24 * 8 * 2.0)
+  assert math.isclose(
+    train["mfu"]["serial"],
+    train["flops"]["model"] / (seconds * 8 * planned.site.chip.peak("float32")),
+  )
+  paths = report.save(found, tmp_path)
+  assert json.loads(paths[0].read_text()) == found
+  page = paths[1].read_text()
+  assert page.count("data:image/png;base64,") == 2
+  assert "memory per device" in page
