@@ -6,8 +6,9 @@ import jax
 from ml_collections import FrozenConfigDict
 
 from jaxlm import keys, recipe
-from jaxlm.layers import param
+from jaxlm.layers import context, param
 from jaxlm.layers.attend import choose
+from jaxlm.models import pipeline
 from jaxlm.models.decoder import Decoder
 from jaxlm.objectives.objective import Corpus
 from jaxlm.speed import short
@@ -30,6 +31,7 @@ def explain(config: FrozenConfigDict) -> str:
     ("data", _data(config, corpus)),
     ("model", _model(config, model)),
     ("work", _work(config, corpus, model)),
+    ("devices", _devices(config, model)),
     ("memory", _memory(config, model, objective.trained.params(model))),
     ("learning rates", _rates(config, model)),
   ]
@@ -113,6 +115,25 @@ def _work(
     ("steps", f"{config.steps:,}", "steps"),
     ("evaluations", f"{max(events, 1):,}", "steps / eval_every, and the end"),
   ]
+
+
+def _devices(config: FrozenConfigDict, model: Decoder) -> list[Row]:
+  """How a step is divided among devices."""
+  mesh, compute = recipe.mesh(config), recipe.compute(config)
+  sizes = [f"{name}:{n}" for name, n in mesh.shape.items() if n > 1]
+  grid = ",".join(sizes) or "one device"
+  rows = [("mesh", grid, f"preset {config.parallel.preset}, parallel.mesh")]
+  with jax.sharding.set_mesh(mesh):
+    each = context.share(config.seq_len, compute)
+    if each < config.seq_len:
+      how = f"keys by parallel.context={compute.split.context}"
+      rows.append(("tokens of a row", f"{each:,}", f"on each device; {how}"))
+    batch = config.batch_size // config.accumulate
+    for i, (_, n) in enumerate(model.layers):
+      if pipeline.stages(compute) > 1:
+        plan = pipeline.schedule(n, batch, compute)
+        rows.append((f"layers of segment {i}", str(plan), plan.explain()))
+  return rows
 
 
 def _memory(

@@ -130,7 +130,7 @@ SCHEMA: dict[str, Any] = {
     "every": Key(0, "steps between samples; 0: at the end", low=0),
   },
   "parallel": {
-    "preset": Key("dp", "rule table: dp, fsdp, tp or fsdp_tp"),
+    "preset": Key("dp", "rule tables: dp, fsdp, tp, cp, pp, ..., fsdp_tp"),
     "mesh": Key("", "sizes of its axes, as in fsdp:4,tensor:2"),
   },
 }
@@ -142,6 +142,7 @@ OPEN = {
   "lora": "rank, alpha, targets, kind: train adapters of these",
   "ppo": "the fields of jaxlm.rl.options.PPO",
   "grpo": "the fields of jaxlm.rl.options.GRPO",
+  "parallel": "context, microbatches, rounds: how rows and layers divide",
 }
 
 # What a run may change when it goes on: nothing here touches what is learned

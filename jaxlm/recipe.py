@@ -12,11 +12,12 @@ import jax
 from jax.sharding import NamedSharding
 from ml_collections import FrozenConfigDict
 
+from jaxlm import config as configs
 from jaxlm import keys
 from jaxlm.errors import UserError
 from jaxlm.interop.load import has_tokenizer, load_model, load_tokenizer
 from jaxlm.layers import param
-from jaxlm.layers.compute import Compute
+from jaxlm.layers.compute import Compute, Split
 from jaxlm.models.build import build, check
 from jaxlm.models.decoder import Decoder
 from jaxlm.objectives import from_config as objective
@@ -155,6 +156,9 @@ def compute(config: Config) -> Compute:
     dtype=config.precision,
     remat=config.remat,
     unroll=config.unroll,
+    split=configs.call(
+      Split, config.parallel, "parallel", ("preset", "mesh"), "parallel"
+    ),
     rules=rules(config),
     watch=config.optimizer.qk_clip > 0,
   )
@@ -268,6 +272,6 @@ def batch_place(
   rules: Rules, shape: tuple[int, ...], mesh: jax.sharding.Mesh
 ) -> NamedSharding:
   """Where a leaf `[steps, accumulate, rows, ...]` of a batch lies."""
-  axes = (None, None, "batch", *(None for _ in shape[3:]))
-  spec = rules.activation_spec(axes, shape, mesh)
+  axes = (None, None, "batch", "length", *(None for _ in shape[4:]))
+  spec = rules.activation_spec(axes[: len(shape)], shape, mesh)
   return NamedSharding(mesh, spec)

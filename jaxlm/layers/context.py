@@ -34,6 +34,22 @@ def ways(compute: Compute) -> int:
   return compute.rules.ways("length", mesh)
 
 
+def share(length: int, compute: Compute) -> int:
+  """How many of a row's `length` tokens each device has.
+
+  Raises:
+    UserError: for rows that do not divide.
+  """
+  n = ways(compute)
+  if length % n:
+    near = max(round(length / n), 1) * n
+    raise UserError(
+      f"rows of {length} tokens do not divide among the {n} devices of the "
+      f"mesh axis context; the nearest length that does is {near}"
+    )
+  return length // n
+
+
 def divide(
   tokens: Array, at: At, compute: Compute, turn: bool
 ) -> tuple[Array, At]:
@@ -55,12 +71,7 @@ def divide(
   n, length = ways(compute), tokens.shape[1]
   if n == 1:
     return tokens, at
-  if length % n:
-    near = max(round(length / n), 1) * n
-    raise UserError(
-      f"rows of {length} tokens do not divide among the {n} devices of the "
-      f"mesh axis context; the nearest length that does is {near}"
-    )
+  share(length, compute)
   tokens = _placed(tokens, compute)
   fields = At(at.positions, at.segments, at.blocks)
   fields = jax.tree.map(lambda x: _placed(x, compute), fields)

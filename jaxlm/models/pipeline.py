@@ -61,6 +61,14 @@ class Schedule:
     """Share of the steps in which a stage has nothing to do."""
     return (self.stages - 1) / self.steps
 
+  def __str__(self) -> str:
+    return f"{self.stages} stages, {self.microbatches} micro-batches"
+
+  def explain(self) -> str:
+    """What that costs, in words."""
+    name = "GPipe" if self.rounds == 1 else f"{self.rounds} rounds, interleaved"
+    return f"{name}: {self.steps} steps, {self.bubble:.0%} of them idle"
+
   def work(self, step: Any, stage: Any) -> tuple[Any, Any, Any]:
     """The round, the micro-batch, and whether there is anything to do.
 
