@@ -63,7 +63,7 @@ def test_the_last_number(text, found):
 @given(st.text(), st.text())
 def test_scores_of_any_texts(a, b):
   """In [0, 1], symmetric where they are, and 1 for the text itself."""
-  for score in (scores.exact, scores.token_f1):
+  for score in (scores.exact, scores.same_words, scores.token_f1):
     assert 0 <= score(a, b) == score(b, a) <= 1
     assert score(a, a) == 1
   assert scores.numeric(a, b) in (0, 1) or math.isnan(scores.numeric(a, b))
@@ -75,6 +75,8 @@ def test_token_f1_by_hand():
   assert scores.token_f1("The fox", "a hen") == 0
   assert scores.token_f1("the", "") == 1
   assert scores.token_f1("the", "fox") == 0
+  assert scores.same_words("An owl!", "the Owl") == 1
+  assert scores.same_words("an owl fox", "fox owl") == 0
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 7])

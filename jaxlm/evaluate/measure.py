@@ -145,6 +145,7 @@ def _of_counts(metric: Any, counts: Array) -> float:
 _MADE: dict[str, Callable[[], Metric]] = {
   "score": lambda: mean("score", _score),
   "exact": lambda: mean("exact", _each(scores.exact)),
+  "em": lambda: mean("em", _each(scores.same_words)),
   "f1": lambda: mean("f1", _each(scores.token_f1)),
   "numeric": lambda: mean("numeric", _each(scores.numeric)),
   "finished": lambda: mean("finished", _finished),

@@ -35,6 +35,15 @@ def normalised(text: str) -> list[str]:
   return _ARTICLES.sub(" ", text).split()
 
 
+def same_words(response: str, gold: str) -> float:
+  """1 if they have the same words in the same order: SQuAD's exact match.
+
+  >>> same_words("The owl.", "owl")
+  1.0
+  """
+  return float(normalised(response) == normalised(gold))
+
+
 def token_f1(response: str, gold: str) -> float:
   """Harmonic mean of precision and recall of words (SQuAD, arXiv:1606.05250).
 
