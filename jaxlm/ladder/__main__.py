@@ -14,6 +14,13 @@ RUNGS = (
   "autograd",
   "mlp",
   "mlp_jax",
+  "bpe",
+  "babygpt",
+  "topk",
+  "dijkstra",
+  "kernels",
+  "parallel",
+  "quiz",
 )
 
 
