@@ -22,7 +22,7 @@ from jaxlm.config import default_config
 
 
 def get_config(start: str = "") -> ConfigDict:
-  """300 steps of 32 rows of 64 tokens, on the responses alone."""
+  """400 steps of 32 rows of 64 tokens, on the responses alone."""
   config = default_config()
   config.objective.name = "sft"
   config.data.path = "task:reverse"
