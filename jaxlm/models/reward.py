@@ -21,7 +21,7 @@ from jaxlm.errors import UserError
 from jaxlm.layers.at import At
 from jaxlm.layers.compute import DEFAULT, Compute
 from jaxlm.layers.mask import Full
-from jaxlm.layers.param import count
+from jaxlm.layers.param import FanIn, count
 from jaxlm.models.decoder import Block, Decoder, hidden
 from jaxlm.models.encdec import padded
 from jaxlm.models.heads import ScalarHead
@@ -74,11 +74,12 @@ class RewardModel:
 
   @classmethod
   def on(cls, trunk: Decoder, pool: Pool = Last()) -> "RewardModel":
-    """A reward model around a trunk; its head starts with zeros.
+    """A reward model around a trunk; scores start with a variance about one.
 
-    No bias: only differences of rewards are learned, so it would never move.
+    Not with zeros: where the last layers start so, too, no gradient would ever
+    reach either. No bias: only differences of rewards are learned.
     """
-    return cls(trunk, ScalarHead(trunk.dim, bias=False), pool)
+    return cls(trunk, ScalarHead(trunk.dim, False, FanIn()), pool)
 
   @property
   def vocab(self) -> int:

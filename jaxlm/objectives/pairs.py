@@ -340,10 +340,11 @@ def _pair(record: dict[str, Any]) -> Pair:
       f"there is no 'rejected' among the fields {', '.join(record)}; a pair "
       "has a better answer and a worse one"
     )
-  rejected = record.pop("rejected")
-  good = _with_prompt(record, talks.talk_of(record))
+  rejected, chosen = record.pop("rejected"), record.get("chosen")
+  listed = isinstance(chosen, list)
+  good = _listed(record, chosen) if listed else talks.talk_of(record)
   if isinstance(rejected, list):
-    bad = _with_prompt(record, talks.talk_of({"messages": rejected}))
+    bad = _listed(record, rejected)
   elif isinstance(rejected, str):
     bad = [*good[:-1], {"role": "assistant", "content": rejected}]
   else:
@@ -356,15 +357,13 @@ def _pair(record: dict[str, Any]) -> Pair:
   return good, bad
 
 
-def _with_prompt(record: Mapping[str, Any], said: Talk) -> Talk:
-  """A conversation behind the messages of a prompt, where it lacks them."""
-  prompt = record.get("prompt")
-  if isinstance(prompt, list):
-    before = talks.talk_of({"messages": prompt})
-    return said if said[: len(before)] == before else [*before, *said]
-  if isinstance(prompt, str) and all(m["role"] == "assistant" for m in said):
-    return [{"role": "user", "content": prompt}, *said]
-  return said
+def _listed(record: Mapping[str, Any], messages: list) -> Talk:
+  """A conversation from messages, behind a prompt where they lack it."""
+  said, prompt = talks.talk_of({"messages": messages}), record.get("prompt")
+  if isinstance(prompt, str):
+    prompt = [{"role": "user", "content": prompt}]
+  before = talks.talk_of({"messages": prompt}) if prompt else []
+  return said if said[: len(before)] == before else [*before, *said]
 
 
 def _useless(good: Talk, bad: Talk) -> str:

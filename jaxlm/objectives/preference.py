@@ -23,7 +23,7 @@ from jaxlm import preference_losses as losses
 from jaxlm.errors import UserError
 from jaxlm.layers.at import At
 from jaxlm.layers.compute import Compute
-from jaxlm.losses import chunked_cross_entropy, cross_entropy, weighted_mean
+from jaxlm.losses import cross_entropy, head_cross_entropy, weighted_mean
 from jaxlm.models.decoder import Decoder, head, hidden, logits
 from jaxlm.objectives.objective import Objective, Whole
 from jaxlm.objectives.pairs import Pairs
@@ -87,7 +87,7 @@ def likelihoods(
   x, _ = hidden(model, params, tokens, At(key=key), None, compute)
   if chunk:
     w = head(model, params, compute)
-    nll, _ = chunked_cross_entropy(x, w, targets, chunk, model.softcap)
+    nll, _ = head_cross_entropy(x, w, targets, chunk, model.softcap, compute)
   else:
     nll, _ = cross_entropy(logits(model, params, x, compute), targets)
   logp = -jnp.sum(jnp.where(mask, nll, 0.0), axis=1)

@@ -3,8 +3,8 @@
     config.objective.name = "reward"
 
 Batches are those of `jaxlm.objectives.preference`, of two sides. The model of
-the config becomes the trunk (its own head is left out), and a head that starts
-with zeros is put on it.
+the config becomes the trunk (its own head is left out), and a head that makes
+one number is put on it.
 """
 
 from dataclasses import dataclass
