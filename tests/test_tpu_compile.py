@@ -30,6 +30,8 @@ from jax.sharding import SingleDeviceSharding
 from jaxlm.layers.attend import At, attend
 from jaxlm.layers.compute import Compute
 from jaxlm.layers.kernels.fused_loss import fused_cross_entropy
+from jaxlm.layers.kernels.grouped import grouped_dot
+from jaxlm.layers.kernels.paged import paged_attention
 from jaxlm.layers.mask import Causal, Chunked, PrefixLM, Sliding
 
 def on(target):
@@ -57,12 +59,30 @@ def entropy(target):
     array(1, 1024, 256), array(256, 5000), array(1, 1024, dtype="int32")
   ).compile()
 
+def pages(target):
+  array = on(target)
+  def step(q, k, v, table, at):
+    return paged_attention(q, k, v, table, at, Sliding(300, 4), scale=0.1,
+      softcap=30.0)
+  pool = array(64, 16, 2, 128)
+  return jax.jit(step).lower(array(4, 8, 128), pool, pool,
+    array(4, 32, dtype="int32"), array(4, dtype="int32")).compile()
+
+def experts(target):
+  array = on(target)
+  def loss(x, w, sizes):
+    return jnp.sum(grouped_dot(x, w, sizes) ** 2)
+  return jax.jit(jax.grad(loss, (0, 1))).lower(array(1000, 256),
+    array(8, 256, 640), array(8, dtype="int32")).compile()
+
 def bytes_of(program):
   return program.memory_analysis().temp_size_in_bytes
 
 found = {}
 for target in ("v5e:2x2", "v5p:2x2x1", "v6e:2x2"):
   found[target] = bytes_of(attention(target, Causal(), 1000, 128))
+  found[target + " pages"] = bytes_of(pages(target))
+  found[target + " experts"] = bytes_of(experts(target))
 found["float32"] = bytes_of(
   attention("v5e:2x2", Chunked(300), 1024, 80, "float32"))
 found["data"] = bytes_of(attention("v5e:2x2", Sliding(300, 4), 1024, 64,
@@ -82,6 +102,7 @@ def compiled() -> dict[str, int]:
   env = os.environ | {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # other tests may plan for TPUs
     "PYTHONPATH": str(ROOT),
   }
   run = subprocess.run(
@@ -97,8 +118,15 @@ def compiled() -> dict[str, int]:
 
 @pytest.mark.slow
 def test_the_compiler_takes_every_kernel():
-  """Three generations; both dtypes; odd widths and lengths; data; the loss."""
-  assert {"v5e:2x2", "v5p:2x2x1", "v6e:2x2", "loss"} <= compiled().keys()
+  """Three generations; both dtypes; odd widths and lengths; data; the loss;
+  and no copy of a pool, nor of a gradient for all experts.
+  """
+  found = compiled()
+  assert {"data", "blocks", "loss"} <= found.keys()
+  for target in ("v5e:2x2", "v5p:2x2x1", "v6e:2x2"):
+    assert target in found
+    assert found[target + " pages"] < 64 * 16 * 2 * 128 * 2  # bytes of a pool
+    assert found[target + " experts"] < 8 * 256 * 640 * 4
 
 
 @pytest.mark.slow

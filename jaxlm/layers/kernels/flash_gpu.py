@@ -279,6 +279,12 @@ def _is_number(name: str) -> bool:
   return name in ("lse", "delta")
 
 
+def _warps(named: dict[str, Array]) -> int:
+  """Groups of 32 threads: wide heads need the registers of twice as many."""
+  sizes = (named[x].shape[3] * named[x].dtype.itemsize for x in ("q", "v"))
+  return 8 if max(sizes) > 256 else 4
+
+
 def _call(name, body, steps: Steps, named, outs, interpret: bool):
   """Runs `body(block, visited, refs)` for every block, kv head and batch row.
 
@@ -328,6 +334,8 @@ def _call(name, body, steps: Steps, named, outs, interpret: bool):
     in_specs=[*lists, *(_spec(key, x) for key, x in named.items())],
     out_specs=[_spec(key, x) for key, x in outs.items()],
     out_shape=list(outs.values()),
-    compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
+    compiler_params=triton.CompilerParams(
+      num_warps=_warps(named), num_stages=2
+    ),
     interpret=interpret,
   )(steps.words, steps.count, *named.values())
