@@ -23,6 +23,7 @@ METHODS = {
 
 
 def get_config(method: str = "dapo"):
+  """The keys of one of `METHODS`."""
   config = default_config()
   config.model.path = "runs/sft"
   config.steps = 100

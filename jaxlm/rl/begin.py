@@ -4,7 +4,7 @@ Functions, not a trainer: each program calls them in its own order.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import FrozenConfigDict
 
-from jaxlm import values, workdir
+from jaxlm import files, values, workdir
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import check_continues, read, to_json
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
-from jaxlm.files import replace
 from jaxlm.interop.load import load_all
 from jaxlm.layers import param
 from jaxlm.layers.compute import Compute
@@ -49,7 +48,7 @@ def claim(workdir: Path, config: FrozenConfigDict) -> None:
     check_continues(read(workdir), config, workdir)
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    replace(workdir / "config.json", to_json(config))
+    files.replace(workdir / "config.json", to_json(config))
   except OSError as error:
     raise UserError(
       f"cannot write to {workdir} ({error.strerror}); choose another --workdir"
@@ -92,7 +91,7 @@ def begin(config: FrozenConfigDict, path: Path) -> Base:
       raise UserError(f"{origin} is no decoder with a tokenizer beside it")
     questions.end_of(tokenizer)
     workdir.save(kept, model, params, tokenizer)
-    replace(path / "model.json", values.to_json(model))
+    files.replace(path / "model.json", values.to_json(model))
     tokenizer.save(path)
   model, params, tokenizer = load_all(kept)
   return Base(model, params, tokenizer, questions.end_of(tokenizer))
@@ -170,13 +169,12 @@ class Memory:
     """`running` as arrays."""
     return Running(*(jnp.float32(x) for x in self.running))
 
-  def after(
-    self, now: Mapping[str, float], earned: np.ndarray, beta: float = 0.0
-  ) -> "Memory":
+  def after(self, now: Mapping[str, float], earned: np.ndarray) -> "Memory":
     """One step later: metrics `now`, rewards `earned` [rows]."""
     r = seen(self.rewards, jnp.asarray(earned))
     running = (float(r.count), float(r.mean), float(r.squares))
-    return Memory(self.step + 1, beta, running, self.first or dict(now))
+    first = self.first or dict(now)
+    return replace(self, step=self.step + 1, running=running, first=first)
 
   def json(self) -> dict[str, Any]:
     """As a checkpoint keeps it."""

@@ -158,6 +158,12 @@ def joined(parts: list[Collected], groups: int) -> Collected:
   )
 
 
+def gap(collected: Collected, said: Scores) -> float:
+  """The most that sampler and trainer differ about the log p of a token."""
+  r = collected.rollout
+  return float(np.abs((np.asarray(said.logp) - r.logp_old) * r.mask).max())
+
+
 def numbers(collected: Collected) -> dict[str, float]:
   """Metrics of a rollout, before anything is learned from it."""
   r = collected.rollout
