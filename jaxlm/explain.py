@@ -45,7 +45,7 @@ def _keys(config: FrozenConfigDict) -> list[Row]:
   rows = []
   for name, value in keys.flatten(config).items():
     key = keys.KEYS.get(name)
-    meaning = key.meaning if key else "of the model family"
+    meaning = key.meaning if key else keys.OPEN[name.partition(".")[0]]
     if key and value != key.default:
       meaning += f" (default {key.default!r})"
     rows.append((name, repr(value), meaning))
