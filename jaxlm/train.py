@@ -272,7 +272,8 @@ def _train(
     f"done     {speed.short(clock.mean())} tok/s, {speed.short(used)}B peak"
   )
   print(f"plot     {plot}")
-  print(f"sample   python -m jaxlm.generate --workdir={workdir}")
+  if isinstance(trained.model(model), Decoder):  # it can talk
+    print(f"sample   python -m jaxlm.generate --workdir={workdir}")
   return state
 
 
