@@ -17,10 +17,12 @@ import jaxlm
 from jaxlm import config as configs
 from jaxlm import metrics, program, recipe
 from jaxlm.data import EOT, Bytes
+from jaxlm.data.chat import CHATML, ChatTemplate
 from jaxlm.data.examples import example_batches, join, lay
 from jaxlm.data.loader import Shuffle
 from jaxlm.data.orders import Competence, Random, ShortToLong
 from jaxlm.errors import UserError
+from jaxlm.interop import beside
 from jaxlm.layers.compute import Compute
 from jaxlm.layers.param import init
 from jaxlm.models.families import modern
@@ -163,7 +165,9 @@ def test_a_tokenizer_that_is_made_has_what_the_template_needs(tmp_path):
   path = write(tmp_path / "a.jsonl", {"messages": TALK})
   corpus = read(path, tokenizer="chars", template="chatml")
   assert {"<|im_start|>", "<|im_end|>"} <= set(corpus.tokenizer.specials)
-  assert b"im_start" in corpus.tokenizer.beside["chat_template.jinja"]
+  said = beside.said(corpus.tokenizer)
+  assert said.template == ChatTemplate(CHATML, "", EOT)
+  assert said.ends[0] == corpus.tokenizer.specials["<|im_end|>"]
 
 
 # --- The loss ---------------------------------------------------------------

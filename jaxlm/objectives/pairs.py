@@ -25,8 +25,8 @@ from jaxlm.data.loader import Batch, Batches, Shuffle, random_bits
 from jaxlm.data.tokenizer import Tokenizer, utf8
 from jaxlm.errors import UserError
 from jaxlm.objectives import talks
-from jaxlm.objectives.sft import Writing, writing
 from jaxlm.objectives.talks import Talk
+from jaxlm.objectives.writing import Writing, writing
 
 Pair = tuple[Talk, Talk]  # the chosen conversation and the rejected one
 _NOISE = 1 << 21  # the purpose of random bits

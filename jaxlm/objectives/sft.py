@@ -4,13 +4,9 @@ The loss is that of the next token over the tokens that the assistant wrote, the
 one that ends a response included. What came before is read and not learned.
 """
 
-import copy
-import json
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,8 +14,6 @@ import numpy as np
 from ml_collections import FrozenConfigDict
 
 from jaxlm import data, keys
-from jaxlm.data.chat import TEMPLATES, ChatTemplate
-from jaxlm.data.dataset import tokenizer_for
 from jaxlm.data.examples import (
   Examples,
   ExampleWindows,
@@ -28,19 +22,14 @@ from jaxlm.data.examples import (
   lay,
 )
 from jaxlm.data.orders import ORDERS, Competence, Order
-from jaxlm.data.segments import encode_segments, segments
-from jaxlm.data.tokenizer import EOT, TEMPLATE, Tokenizer, utf8
+from jaxlm.data.tokenizer import Tokenizer, utf8
 from jaxlm.errors import UserError
-from jaxlm.interop import beside
 from jaxlm.layers.compute import Compute
 from jaxlm.models.decoder import Decoder
 from jaxlm.objectives.likelihood import next_token
 from jaxlm.objectives.objective import Objective
-from jaxlm.objectives.talks import Talk, talks
-
-Encoded = tuple[np.ndarray, np.ndarray]  # ids [n], which are learned [n]
-
-_TOKEN = re.compile(r"<\|\w+\|>")  # what a template means as a special token
+from jaxlm.objectives.talks import talks
+from jaxlm.objectives.writing import Encoded, writing
 
 
 def sft(
@@ -173,100 +162,6 @@ class Conversations:
     if not len(corpus.val):
       return ()
     return ExampleWindows(lay(corpus.val, config.seq_len), size, rows)
-
-
-# --- Encoding ---------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Writing:
-  """How conversations become tokens.
-
-  Attributes:
-    template: how one is written.
-    tokenizer: with the template beside it, so that the run can be talked to.
-    start: tokens that every conversation begins with.
-  """
-
-  template: ChatTemplate
-  tokenizer: Tokenizer
-  start: tuple[int, ...] = ()
-
-  def encode(self, part: Sequence[Talk]) -> list[Encoded]:
-    """Token ids of conversations, and which of them are learned."""
-    made = [segments(self.template, talk, self.tokenizer) for talk in part]
-    return [
-      (np.append(self.start, ids).astype(np.int32), np.append(unread, trained))
-      for unread in [np.zeros(len(self.start), bool)]
-      for ids, trained in encode_segments(made, self.tokenizer)
-    ]
-
-
-def writing(
-  name: str, found: Sequence[Talk], tokenizer: str | Tokenizer, vocab: int
-) -> Writing:
-  """A template, and the tokenizer that is given or made to go with it.
-
-  Args:
-    name: of the template, as for `sft`.
-    found: all conversations: a tokenizer that is made is made from these.
-    tokenizer: as for `jaxlm.data.prepare`.
-    vocab: tokens it may have, where it is trained.
-
-  Raises:
-    UserError: for a template that there is not, or that the tokenizer has not
-      the special tokens for.
-  """
-  source = _source(name)
-  names = tuple(dict.fromkeys(_TOKEN.findall(source or "")))
-  texts = [] if isinstance(tokenizer, Tokenizer) else _texts(source, found)
-  made = tokenizer_for(texts, tokenizer, vocab, (EOT, *names))
-  missing = [name for name in names if name not in made.specials]
-  if missing:
-    raise UserError(
-      f"the template {name} needs the special tokens {', '.join(missing)}, "
-      "which this tokenizer has not; alpaca, plain and bare need none"
-    )
-  said = beside.said(made)
-  own, ids = said.template, {i: n for n, i in made.specials.items()}
-  source = source or (own.source if own else TEMPLATES["bare"])
-  bos = own.bos if own else ids.get(said.bos, "")
-  eos = own.eos if own and own.eos else ids.get(made.eot, "")
-  start = said.start if source == TEMPLATES["bare"] else ()
-  return Writing(
-    ChatTemplate(source, bos, eos), _beside(made, source, eos), start
-  )
-
-
-def _source(name: str) -> str | None:
-  """The text of a template; None for the model's own."""
-  if not name or name in TEMPLATES:
-    return TEMPLATES.get(name)
-  try:
-    return Path(name).expanduser().read_text(encoding="utf-8")
-  except OSError as error:
-    hint = (
-      keys.nearest(name, TEMPLATES) or f"; there are {', '.join(TEMPLATES)}"
-    )
-    raise UserError(f"no template {name!r}, nor such a file{hint}") from error
-
-
-def _texts(source: str | None, found: Sequence[Talk]) -> list[str]:
-  """What a tokenizer is made from: all that is said, and no special token."""
-  template = ChatTemplate(source or TEMPLATES["bare"])
-  return [
-    _TOKEN.sub("", template.render(talk, add_generation_prompt=False))
-    for talk in found
-  ]
-
-
-def _beside(tokenizer: Tokenizer, source: str, eos: str) -> Tokenizer:
-  """The same tokenizer with a chat template, for those who talk to the run."""
-  files = dict(tokenizer.beside)
-  files.setdefault(beside.CONFIG, json.dumps({"eos_token": eos}).encode())
-  copied = copy.copy(tokenizer)
-  copied.beside = files | {TEMPLATE: source.encode("utf-8")}
-  return copied
 
 
 def _fitting(
