@@ -34,7 +34,9 @@ from jaxlm.generate.options import parse_cache, parse_filters
 from jaxlm.generate.samplers import Sampler, make_sampler
 from jaxlm.generate.text import Writer
 from jaxlm.interop import beside, pretrained
+from jaxlm.interop.load import load
 from jaxlm.interop.pretrained import Pretrained
+from jaxlm.layers.cache import FULL
 from jaxlm.layers.compute import Compute
 
 
@@ -78,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
   add("--checkpoint", default="latest", help="latest, best, or a step")
   add("--dtype", default="float32", help="float32, bfloat16 or float16")
   add("--no-stream", action="store_true", help="all samples at once, when done")
+  add("--profile", metavar="DIR", help="write a trace of it there")
   add("--stats", metavar="FILE", help="the figures as JSON, too")
   return flags
 
@@ -97,6 +100,25 @@ def main(argv: Sequence[str]) -> None:
     prompt = sys.stdin.read().removesuffix("\n")
   found, usual = find(flags)
   writer = make_writer(flags, found, usual)
+  with contextlib.ExitStack() as scope:
+    scope.enter_context(memory_explained(flags, writer))
+    if flags.profile is not None:
+      folder = Path(flags.profile)
+      scope.enter_context(
+        jax.profiler.trace(folder, create_perfetto_trace=True)
+      )
+    go_on(flags, writer, found, requests, prompt)
+  conclude(writer, flags.stats)
+
+
+def go_on(
+  flags: argparse.Namespace,
+  writer: Writer,
+  found: Pretrained,
+  requests: Sequence[batch.Request] | None,
+  prompt: str | None,
+) -> None:
+  """Writes what the flags ask for."""
   if requests is not None:
     many(flags, writer, found, requests)
   elif flags.chat:
@@ -110,7 +132,23 @@ def main(argv: Sequence[str]) -> None:
     for i in range(flags.num_samples):
       print("---\n" * (i > 0), end="")
       show(writer.pieces(prompt, i))
-  conclude(writer, flags.stats)
+
+
+def memory_explained(
+  flags: argparse.Namespace, writer: Writer
+) -> contextlib.AbstractContextManager:
+  """Where memory runs out, the error says of what and what would help."""
+  from jaxlm.plan import failure, make
+
+  rows = flags.num_samples * (flags.batch or 8 if flags.prompts else 1)
+  length = min(writer.model.max_positions, 512 + writer.n)
+  kind = getattr(writer.method, "cache", FULL)
+  config = configs.freeze({"precision": flags.dtype})
+  return failure.explained(
+    lambda: failure.of_generation(
+      config, writer.model, make.Generation(rows, length, kind)
+    )
+  )
 
 
 # --- What the flags say -----------------------------------------------------
@@ -169,7 +207,8 @@ def find(flags: argparse.Namespace) -> tuple[Pretrained, Any]:
     return found, configs.default_config().sample
   path, which = Path(flags.workdir), flags.checkpoint
   which = int(which) if which.isdecimal() else which
-  model, params = workdir.load(path, flags.dtype, which)
+  model, params = load(path, flags.dtype, which=which)
+  pretrained.check_talks(model, path)
   of_run = path / "config.json"
   run = configs.read(path) if of_run.exists() else configs.default_config()
   tokenizer = workdir.load_tokenizer(path)

@@ -9,6 +9,7 @@ in the dtype it will have there; on the host there is never more than one
 besides what is kept.
 """
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from jaxlm import workdir
 from jaxlm.data import tokenizers
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
-from jaxlm.interop import source
+from jaxlm.interop import peft, source
 from jaxlm.interop.place import Leaf
 from jaxlm.interop.source import Source
 from jaxlm.layers.param import map_params, path_name, paths, shardings
@@ -40,7 +41,8 @@ def load(
 
   Args:
     path: a run of ours or what `save` wrote, a Hugging Face directory
-      (config.json and safetensors), or a GGUF file.
+      (config.json and safetensors), a GGUF file, or adapters in the format of
+      PEFT, which are merged into their base.
     dtype: of all parameters: 'float32', 'bfloat16' or 'float16'; None means
       as they are stored (float32 where they are quantised). Layers still use
       norm scales and routers in float32.
@@ -59,7 +61,13 @@ def load(
     def base(at: Path) -> Tree:
       return load(at, dtype, mesh, rules)[1]
 
-    return workdir.load(path, dtype, which, mesh, rules, base)
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+      return workdir.load(path, dtype, which, mesh, rules, base)
+  if peft.is_peft(path):
+    model, params = load(peft.base_of(path), dtype, mesh, rules)
+    lora, adapters = peft.load_adapters(path, model)
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+      return model, lora.merge(params, adapters)
   if which != "latest":
     raise UserError(f"{path} is no run, so which={which!r} has no meaning")
   workdir.check_dtype(dtype)
@@ -72,6 +80,8 @@ def load_model(path: str | Path) -> Decoder:
   path = Path(path)
   if is_ours(path):
     return workdir.load_model(path)
+  if peft.is_peft(path):
+    return load_model(peft.base_of(path))
   return source.open(path).model
 
 
@@ -86,6 +96,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
   path = Path(path)
   if is_ours(path):
     return workdir.load_tokenizer(path)
+  if peft.is_peft(path) and not tokenizers.is_in(path):
+    return load_tokenizer(peft.base_of(path))
   found = source.open(path).tokenizer
   if found is None:
     raise UserError(f"no tokenizer.json or tokenizer.model in {path}")
@@ -95,7 +107,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def has_tokenizer(path: str | Path) -> bool:
   """Whether there is a tokenizer with the model at a path."""
   path = Path(path)
-  return path.is_file() or tokenizers.is_in(path)
+  if path.is_file() or tokenizers.is_in(path):
+    return True
+  return peft.is_peft(path) and has_tokenizer(peft.base_of(path))
 
 
 def load_all(
@@ -110,6 +124,10 @@ def load_all(
     model, params = load(path, dtype, mesh, rules)
     has = tokenizers.is_in(path)
     return model, params, workdir.load_tokenizer(path) if has else None
+  if peft.is_peft(path):
+    has = has_tokenizer(path)
+    tokenizer = load_tokenizer(path) if has else None
+    return *load(path, dtype, mesh, rules), tokenizer
   workdir.check_dtype(dtype)
   found = source.open(path)
   tokenizer = found.tokenizer and found.tokenizer()
@@ -118,7 +136,9 @@ def load_all(
 
 def is_ours(path: Path) -> bool:
   """Whether `workdir` is to read it, or to say what is wrong with it."""
-  return not path.is_file() and not (path.is_dir() and source.is_hub(path))
+  if path.is_file():
+    return False
+  return not (path.is_dir() and (source.is_hub(path) or peft.is_peft(path)))
 
 
 def read(

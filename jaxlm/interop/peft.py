@@ -50,6 +50,22 @@ def is_peft(path: Path) -> bool:
   return (path / CONFIG).is_file()
 
 
+def base_of(path: Path) -> Path:
+  """Where the base of some adapters is, by their config.
+
+  Raises:
+    UserError: if it is not a place on this machine.
+  """
+  named = _read_config(path).get("base_model_name_or_path")
+  base = Path(str(named)).expanduser()
+  if named is None or not base.exists():
+    raise UserError(
+      f"{path} holds adapters for {named!r}, which is not here; download it "
+      "and write its path as base_model_name_or_path into adapter_config.json"
+    )
+  return base
+
+
 # --- Modules ----------------------------------------------------------------
 
 

@@ -45,6 +45,7 @@ def read(path: str | Path, dtype: str = "float32") -> Pretrained:
       without a tokenizer.
   """
   model, params, tokenizer = load.load_all(path, dtype)
+  check_talks(model, path)
   if tokenizer is None:
     raise UserError(
       f"no tokenizer.json or tokenizer.model in {path}, so it cannot be talked "
@@ -54,3 +55,12 @@ def read(path: str | Path, dtype: str = "float32") -> Pretrained:
   return Pretrained(
     model, params, tokenizer, said.template, said.ends, said.start
   )
+
+
+def check_talks(model: Any, path: str | Path) -> None:
+  """Raises UserError for what has been trained to do something else."""
+  if not isinstance(model, Decoder):
+    raise UserError(
+      f"{path} holds a {type(model).__name__}, which does not write text; "
+      "jaxlm.load reads it"
+    )

@@ -16,6 +16,7 @@ from jaxlm import workdir
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.generate.prompts import pad_right
+from jaxlm.interop.load import load
 from jaxlm.models.reward import RewardModel
 from jaxlm.tasks import Example, Task
 
@@ -62,7 +63,7 @@ class Learned:
     Raises:
       UserError: if there is none, or it is no reward model.
     """
-    model, params = workdir.load(path)
+    model, params = load(path)
     if not isinstance(model, RewardModel):
       raise UserError(
         f"{path} holds no reward model; train one with the objective "
