@@ -26,25 +26,25 @@ def get_config(method: str = "dapo"):
   """The keys of one of `METHODS`."""
   config = default_config()
   config.model.path = "runs/sft"
-  config.steps = 100
-  config.seq_len = 32
+  config.steps = 150
+  config.seq_len = 12
   config.batch_size = 128
   config.unroll = True
   config.log_every = 5
   config.eval_every = 50
   config.checkpoint_every = 50
 
-  config.optimizer.lr = 1e-3
+  config.optimizer.lr = 3e-4
   config.optimizer.warmup = 5
   config.optimizer.schedule = "constant"
   config.optimizer.weight_decay = 0.0
-  config.optimizer.b2 = 0.99
 
   config.grpo.task = "add"
   config.grpo.levels = "2"
-  config.grpo.prompts = 16
+  config.grpo.questions = 6000
+  config.grpo.prompts = 64
   config.grpo.samples = 8
-  config.grpo.tokens = 6
+  config.grpo.tokens = 4
   for name, value in METHODS[method].items():
     config.grpo[name] = value
   return config

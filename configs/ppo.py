@@ -10,8 +10,8 @@ def get_config():
   """Keys by their names; docs/rl.md has what comes of them."""
   config = default_config()
   config.model.path = "runs/sft"
-  config.steps = 100
-  config.seq_len = 32
+  config.steps = 150
+  config.seq_len = 12
   config.batch_size = 128
   config.unroll = True
   config.log_every = 5
@@ -25,9 +25,9 @@ def get_config():
 
   config.ppo.task = "add"
   config.ppo.levels = "2"
-  config.ppo.worked = True
-  config.ppo.questions = 4000
+  config.ppo.questions = 6000
   config.ppo.prompts = 512
-  config.ppo.tokens = 24
+  config.ppo.tokens = 4
   config.ppo.epochs = 2
+  config.ppo.value_weight = 0.5
   return config
