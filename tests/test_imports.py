@@ -18,8 +18,8 @@ PACKAGE = Path(__file__).parent.parent / "jaxlm"
 # the leaves up; a part that is not here has no place yet, and is a violation.
 _NAMES = "parallel.rules parallel.mesh"
 _LEAVES = (
-  "arrays checkpoint config data files interrupt keys metrics speed tasks "
-  "values parallel.distributed"
+  "arrays checkpoint config data files interrupt keys metrics profiling speed "
+  "tasks values parallel.distributed"
 )
 _MODELS = f"{_NAMES} layers models"
 _MIDDLE = (
@@ -29,13 +29,15 @@ _MIDDLE = (
 _UPPER = "evaluate explain recipe rl"
 _PROGRAMS = (
   "host program convert plan train serve doctor generate.__main__ "
-  "tasks.__main__ evaluate.__main__"
+  "tasks.__main__ evaluate.__main__ rl.best_of rl.grpo rl.ppo "
+  "rl.reward_check"
 )
 
 MAY: dict[str, str] = {
   "errors": "",
   "files": "",
   "interrupt": "",
+  "profiling": "",
   "speed": "",
   "values": "",
   "data": "",

@@ -136,14 +136,18 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _write(out: Path, kept: Sequence[Kept]) -> None:
-  """One line for each; `rejected` where it is another text."""
+  """One line for each; where both are the same, `jaxlm.train` leaves it out."""
   if not kept:
     raise UserError(
       "no response is worth keeping; use more samples, or --least"
     )
   rows = [
-    {"prompt": k.prompt, "response": k.best, "score": k.score}
-    | ({"rejected": k.worst} if k.worst != k.best else {})
+    {
+      "prompt": k.prompt,
+      "response": k.best,
+      "rejected": k.worst,
+      "score": k.score,
+    }
     for k in kept
   ]
   try:
