@@ -177,7 +177,7 @@ def loaded(statement: str) -> list[str]:
     ({"layers": "", "layers.x": "from .. import rl"}, "layers.x imports rl"),
     ({"models.a": "import jaxlm.losses"}, "models.a imports losses"),
     ({"losses": "from jaxlm.evaluate import f"}, "losses imports evaluate"),
-    ({"rl.ppo": "from jaxlm import train"}, "rl.ppo imports train"),
+    ({"rl.kl": "from jaxlm import train"}, "rl.kl imports train"),
     ({"data.text": "import jaxlm.config"}, "data.text imports config"),
     ({"checkpoint": "import jaxlm.state"}, "checkpoint imports state"),
     (
