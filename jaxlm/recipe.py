@@ -15,12 +15,18 @@ from ml_collections import FrozenConfigDict
 from jaxlm import config as configs
 from jaxlm import keys
 from jaxlm.errors import UserError
-from jaxlm.interop.load import has_tokenizer, load_model, load_tokenizer
+from jaxlm.interop.load import (
+  has_tokenizer,
+  load,
+  load_model,
+  load_tokenizer,
+)
 from jaxlm.layers import param
 from jaxlm.layers.compute import Compute, Split
 from jaxlm.models.build import build, check
 from jaxlm.models.decoder import Decoder
-from jaxlm.objectives import from_config as objective
+from jaxlm.objectives import Objective, from_config
+from jaxlm.objectives.distil import Teacher
 from jaxlm.optim import Muon, Optimizer, Schedule, make, make_schedule
 from jaxlm.optim.guards import skip_spikes
 from jaxlm.optim.spread import sharded
@@ -202,6 +208,21 @@ def optimizer(config: Config, tree: Any, lr: Schedule) -> Any:
   if config.spike_skip:
     tx = skip_spikes(tx, config.spike_skip)
   return sharded(tx, tree, rules(config))
+
+
+def objective(config: Config) -> Objective:
+  """As `jaxlm.objectives.from_config`, with what it looks for on the disk."""
+
+  def find(path: str) -> Teacher:
+    where = Path(path).expanduser()
+
+    def read() -> Any:
+      mesh = jax.sharding.get_mesh()
+      return load(where, "float32", mesh, rules(config))[1]
+
+    return Teacher(load_model(where), read)
+
+  return from_config(config, find)
 
 
 def loss(config: Config, model: Decoder) -> LossFn:

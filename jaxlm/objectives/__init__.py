@@ -16,6 +16,7 @@ from jaxlm import keys
 from jaxlm.errors import UserError
 from jaxlm.models.lora import LoRA
 from jaxlm.objectives.adapters import adapted
+from jaxlm.objectives.distil import Teacher, distil
 from jaxlm.objectives.likelihood import next_token, seq2seq, tokens_ahead
 from jaxlm.objectives.objective import Objective, Whole
 from jaxlm.objectives.preference import dpo, ipo, kto, orpo, simpo
@@ -45,15 +46,22 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
   "kto": kto,
   "orpo": orpo,
   "simpo": simpo,
+  "distil": distil,
 }
 
 
-def from_config(config: FrozenConfigDict) -> Objective:
+def from_config(
+  config: FrozenConfigDict, find: Callable[[str], Teacher] | None = None
+) -> Objective:
   """What a config says is to be minimised, over what, in what.
 
   The keys of `config.objective` are the parameters of the function of that
   name; `chunk` comes from `config.loss_chunk`, and `seq_len` from there. Where
   `config.lora` has a key, adapters are trained instead of the model.
+
+  Args:
+    config: every key.
+    find: gives the teacher at a path; None where no loss will be asked for.
 
   Raises:
     UserError: for an unknown objective, or keys that it or `LoRA` do not take.
@@ -66,6 +74,7 @@ def from_config(config: FrozenConfigDict) -> Objective:
   make = OBJECTIVES[name]
   takes = inspect.signature(make).parameters
   implied = {"chunk": config.loss_chunk, "seq_len": config.seq_len}
+  implied["find"] = find
   given = {k: v for k, v in implied.items() if k in takes}
   made = configs.call(
     make, config.objective, "objective", ("name",), name, **given

@@ -61,12 +61,14 @@ def next_token(
   targets = batch["targets"]
   if chunk:
     w = head(model, params, compute)
-    nll, log_z = head_cross_entropy(
-      x, w, targets, chunk, model.softcap, compute
-    )
+    with jax.named_scope("loss"):
+      nll, log_z = head_cross_entropy(
+        x, w, targets, chunk, model.softcap, compute
+      )
   else:
     y = logits(model, params, x, compute)
-    nll, log_z = cross_entropy(y, targets)
+    with jax.named_scope("loss"):
+      nll, log_z = cross_entropy(y, targets)
   loss, weight = weighted_mean(nll, batch.get("mask"))
   metrics = {"loss": loss, "weight": weight}
   if exact:
