@@ -142,6 +142,7 @@ OPEN = {
   "lora": "rank, alpha, targets, kind: train adapters of these",
   "ppo": "the fields of jaxlm.rl.options.PPO",
   "grpo": "the fields of jaxlm.rl.options.GRPO",
+  "distil": "the fields of jaxlm.rl.distil.Pupil",
   "parallel": "context, microbatches, rounds: how rows and layers divide",
 }
 
