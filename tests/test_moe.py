@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 from tiny_models import random_params, random_tokens
 
 from jaxlm import optim, values
 from jaxlm.errors import UserError
-from jaxlm.layers import mlp, moe, router
+from jaxlm.layers import exchange, mlp, moe, router
 from jaxlm.layers.at import At
 from jaxlm.layers.cache import empty
 from jaxlm.layers.compute import Compute
@@ -585,6 +585,55 @@ def test_split_experts_add_up(dispatch, rule: str):
       Compute(rules=rules),
     )
   close(got, want)
+
+
+def sent_ragged(x, out, starts, sizes, places, arriving, *, axis_name):
+  """What the documentation of `ragged_all_to_all` says, by a gather of all."""
+  del arriving
+  everything = jax.lax.all_gather((x, starts, sizes, places), axis_name)
+  here, i = jax.lax.axis_index(axis_name), jnp.arange(len(x))
+  for sender in range(len(sizes)):
+    rows, *numbers = (a[sender] for a in everything)
+    start, size, place = (n[here] for n in numbers)
+    meant = (i >= start) & (i < start + size)
+    to = jnp.where(meant, i - start + place, len(out))
+    out = out.at[to].set(rows, mode="drop")
+  return out
+
+
+def test_rows_travel_alike_on_every_platform(monkeypatch):
+  """Ragged as accelerators send them, or with their room as CPUs do.
+
+  Both leave the same rows in the same places, and bring them back. CPUs have
+  no ragged exchange, so one is made of its definition.
+  """
+  monkeypatch.setattr(jax.lax, "ragged_all_to_all", sent_ragged)
+  mesh = make_mesh(preset("ep"), "data:2,expert:4")
+  rng = np.random.default_rng(0)
+  spec = PartitionSpec(("data", "expert"), None)
+  place = NamedSharding(mesh, spec)
+  cuts = np.sort(rng.integers(0, 7, (8, 3)), 1)
+  sizes = np.diff(cuts, axis=1, prepend=0, append=6).astype(np.int32)
+  x = rng.normal(size=(8 * 6, 5)).astype(np.float32)
+
+  def local(x, sizes):
+    plan = exchange.plan(sizes[0], "expert")
+    one, other = (
+      exchange._there_ragged(x, plan),
+      exchange._there_padded(x, plan),
+    )
+    y = 2.0 * other
+    back = exchange._back_ragged(y, plan), exchange._back_padded(y, plan)
+    return one, other, *back
+
+  with jax.sharding.set_mesh(mesh):
+    run = jax.shard_map(local, out_specs=(spec,) * 4, check_vma=False)
+    found = jax.jit(run)(jax.device_put(x, place), jax.device_put(sizes, place))
+  one, other, *back = map(np.asarray, found)
+  np.testing.assert_array_equal(one, other)
+  assert np.count_nonzero(other.any(-1)) == len(x)
+  for y in back:
+    np.testing.assert_array_equal(y, 2.0 * x)
 
 
 # --- Balance while learning -------------------------------------------------

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+import pathlib
 import re
 
 import jax
@@ -338,6 +339,17 @@ def test_the_average_lies_with_the_optimizer_s_state():
   assert held(state.params) == sum_bytes(None, state.params)
   assert held(state.ema) == _predicted(model, CUT)
   assert held(state.opt_state) < 0.15 * sum_bytes(None, state.opt_state)
+
+
+def test_the_page_s_example_runs():
+  """The blocks of docs/parallelism.md; eight devices say what one does."""
+  page = pathlib.Path(__file__).parent.parent / "docs" / "parallelism.md"
+  names: dict = {}
+  for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
+    exec(compile(block, str(page), "exec"), names)
+  np.testing.assert_allclose(names["logits"], names["alone"], atol=1e-6)
+  table = names["params"]["embed"]["tokens"].sharding.spec
+  assert table == PartitionSpec("tensor", ("fsdp", "expert"))
 
 
 # --- Rules ------------------------------------------------------------------
