@@ -199,20 +199,25 @@ def masks(array, gpu: bool):
 
 def paged(array, gpu: bool):
   """One step of decoding from pages, where they lie."""
-  if gpu:
-    return
-  from jax.experimental.pallas.ops.tpu.paged_attention import (
-    paged_attention as stock,
-  )
-
   rows, pages, block, n, g = 8, 1024, 16, 32, 8
   q, table = array(rows, n, WIDTH), array(rows, 64, dtype="int32")
   at = array(rows, dtype="int32")
 
   def here(q, k, v, table, at):
-    return paged_attention(q, k, v, table, at, Causal(), scale=WIDTH**-0.5)
+    scale = WIDTH**-0.5
+    return paged_attention(q, k, v, table, at, Causal(), scale=scale, gpu=gpu)
 
   def theirs(q, k, v, table, at):
+    if gpu:
+      from jax.experimental.pallas.ops.gpu.paged_attention import (
+        paged_attention as stock,
+      )
+
+      return stock(q, k, v, table, at + 1)
+    from jax.experimental.pallas.ops.tpu.paged_attention import (
+      paged_attention as stock,
+    )
+
     return stock(q, k, v, at + 1, table, pages_per_compute_block=8)
 
   pool = array(pages, block, g, WIDTH)

@@ -12,7 +12,7 @@ from tiny_models import VOCAB, random_params
 from jaxlm.generate.decode import generate
 from jaxlm.layers.at import At
 from jaxlm.layers.attend import attend_reference, in_place
-from jaxlm.layers.cache import Full, Quantised
+from jaxlm.layers.cache import Quantised
 from jaxlm.layers.compute import Compute
 from jaxlm.layers.kernels.paged import paged_attention
 from jaxlm.layers.mask import Causal, Chunked, Sliding
@@ -76,6 +76,18 @@ def cases(draw):
 @given(cases(), st.integers(0, 99))
 def test_equals_the_twin(case, seed):
   """Values at 2e-6 for any page size, table, mask and position."""
+  compare(case, seed, gpu=False)
+
+
+@settings(max_examples=3)
+@given(cases(), st.integers(0, 99))
+def test_equals_the_twin_on_a_gpu(case, seed):
+  """The same of the kernel for GPUs."""
+  compare(case, seed, gpu=True)
+
+
+def compare(case, seed: int, gpu: bool) -> None:
+  """A kernel beside the twin."""
   size, heads, mask, options, names = case
   k, v, table = pool(**size, seed=seed)
   b, length = size["batch"], size["columns"] * size["block"]
@@ -84,7 +96,7 @@ def test_equals_the_twin(case, seed):
   at = jnp.asarray(at, jnp.int32)
   options |= {name: draw_of(name, heads) for name in names}
   args = (q, k, v, table, at, mask)
-  found = jax.jit(lambda: paged_attention(*args, **options, pages=2))()
+  found = jax.jit(lambda: paged_attention(*args, **options, pages=2, gpu=gpu))()
   np.testing.assert_allclose(found, twin(*args, **options), atol=2e-6)
 
 
@@ -140,15 +152,22 @@ def test_generation_through_the_kernel(rule):
 
 
 def test_where_it_runs():
-  """One query, a pool of numbers, lanes that are filled, and a TPU."""
+  """One query, a pool of numbers, and heads as the chip wants them."""
   one, two = jnp.zeros((1, 1, 2, 128)), jnp.zeros((1, 2, 2, 128))
-  narrow, auto = jnp.zeros((1, 1, 2, 64)), Compute()
-  device = jax.sharding.AbstractDevice("TPU v5 lite", 1, "tpu")
-  mesh = jax.sharding.AbstractMesh((1,), ("fsdp",), abstract_device=device)
-  assert not in_place(Paged(), one, auto)
-  with jax.sharding.use_abstract_mesh(mesh):
-    assert in_place(Paged(), one, auto)
-    assert not in_place(Paged(), two, auto)
-    assert not in_place(Paged(), narrow, auto)
-    assert not in_place(Full(), one, auto)
-    assert not in_place(Quantised(inner=Paged()), one, auto)
+  narrow, odd, auto = one[..., :64], one[..., :96], Compute()
+
+  def on(platform: str, kind, *queries) -> list[bool]:
+    device = jax.sharding.AbstractDevice(platform, 1, platform)
+    mesh = jax.sharding.AbstractMesh((1,), ("fsdp",), abstract_device=device)
+    cache = {"k": jnp.zeros((4, getattr(kind, "block", 16), 2, 8))}
+    cache |= {"kind": kind} if kind else {}
+    with jax.sharding.use_abstract_mesh(mesh):
+      return [in_place(cache, q, auto) for q in queries]
+
+  queries = one, two, narrow, odd
+  assert on("cpu", Paged(), *queries) == [False] * 4
+  assert on("tpu", Paged(), *queries) == [True, False, False, False]
+  assert on("gpu", Paged(), *queries) == [True, False, True, False]
+  assert on("gpu", Paged(5), one) == [False]
+  assert on("tpu", None, one) == on("tpu", Quantised(inner=Paged()), one)
+  assert on("tpu", None, one) == [False]

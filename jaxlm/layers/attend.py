@@ -17,6 +17,7 @@ from jaxlm.errors import UserError
 from jaxlm.layers.at import At
 from jaxlm.layers.compute import Compute, active_mesh, platform
 from jaxlm.layers.context import attend_divided, whole_rows, written_out
+from jaxlm.layers.kernels import paged_gpu
 from jaxlm.layers.kernels.blocks import attend_causal
 from jaxlm.layers.kernels.flash import GPU, fits_gpu, flash_attention
 from jaxlm.layers.kernels.paged import paged_attention
@@ -411,17 +412,20 @@ def _attend_sharded(form, q, k, v, mask, at, keys, extras, compute) -> Array:
 # --- Pages ------------------------------------------------------------------
 
 
-def in_place(kind: Any, q: Array, compute: Compute) -> bool:
+def in_place(cache: dict[str, Any], q: Array, compute: Compute) -> bool:
   """Whether queries `[batch, seq, heads, head_dim]` go to the pages themselves.
 
-  One per row does, on a TPU. Heads that are no multiple of its 128 lanes lie
-  in memory as no kernel wants them: a copy of the pool would be made for each
-  token, so there the pages are read first.
+  One per row does, on a TPU or GPU. Heads that are no multiple of a TPU's 128
+  lanes lie in memory as no kernel wants them: a copy of the pool would be made
+  for each token, so there the pages are read first. A GPU's kernel counts in
+  powers of two.
   """
-  if not isinstance(kind, Paged) or q.shape[1] > 1:
+  if not isinstance(cache.get("kind"), Paged) or q.shape[1] > 1:
     return False
-  whole = q.shape[3] % 128 == 0 or compute.attention == "flash"
-  return whole and choose(compute)[0] == "flash"
+  name, width = choose(compute)[0], q.shape[3]
+  if name == "triton":
+    return "k" in cache and paged_gpu.fits(width, cache["k"].shape[1])
+  return name == "flash" and (width % 128 == 0 or compute.attention == name)
 
 
 def attend_pages(
@@ -453,7 +457,11 @@ def attend_pages(
     `[batch, heads, value_dim]` in the dtype of `q`.
   """
   form = functools.partial(
-    paged_attention, mask=mask, scale=scale, softcap=softcap
+    paged_attention,
+    mask=mask,
+    scale=scale,
+    softcap=softcap,
+    gpu=choose(compute)[0] == "triton",
   )
   numbers = {"sinks": sinks, "slopes": slopes}
   args = q, cache["k"], cache["v"], cache["table"], positions

@@ -310,7 +310,7 @@ class Attention:
       none = jnp.full_like(where, -1)
       new["blocks"] = none if at.blocks is None else at.blocks
     seen, cache = kv.extend(cache, new, where, self.mask, compute)
-    if in_place(kind, q, compute) and not isinstance(
+    if in_place(cache, q, compute) and not isinstance(
       self.position, RelativeBias
     ):  # what was read is then not read after all
       return self._follow(p, q, cache, where, compute), cache

@@ -1,4 +1,4 @@
-"""One query per row against the pages its table names, for TPUs.
+"""One query per row against the pages its table names, for TPUs and GPUs.
 
 Twin: reading by `layers.paged.Paged`, then `attend_reference`. There all pages
 of a row are gathered into one array, as long as the longest row may become,
@@ -9,7 +9,8 @@ mask lets the query see are not fetched.
 Decoding waits for memory. So all heads of a page are multiplied with all heads
 of the query at once, and the products of heads that do not belong together
 count as unseen: that costs a matrix unit nothing it would not spend on filling
-up rows, and keys stay as they lie.
+up rows, and keys stay as they lie. That is on TPUs; `paged_gpu` has another
+order of work for the same lists of pages.
 """
 
 import functools
@@ -21,7 +22,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxlm.layers.kernels import visits
+from jaxlm.layers.kernels import paged_gpu, visits
+from jaxlm.layers.kernels.flash_forward import bent
 from jaxlm.layers.kernels.tpu import (
   LANES,
   LEAST,
@@ -74,10 +76,11 @@ def paged_attention(
   sinks: Array | None = None,
   slopes: Array | None = None,
   pages: int = 8,
+  gpu: bool = False,
 ) -> Array:
   """Attention of one query per row to a pool of pages, all of them written.
 
-  Runs compiled on a TPU and interpreted, slowly, on a CPU.
+  Runs compiled on the chip and interpreted, slowly, on a CPU.
 
   Args:
     q: `[batch, heads, head_dim]`.
@@ -92,6 +95,7 @@ def paged_attention(
     sinks: learned logits `[heads]` in the denominator, or None.
     slopes: of ALiBi, float32 `[heads]`, or None.
     pages: how many are fetched in a step.
+    gpu: whether the kernel is that for GPUs.
 
   Returns:
     `[batch, heads, value_dim]` in the dtype of `v`; zeros for a row that sees
@@ -103,20 +107,15 @@ def paged_attention(
   columns, count = _visited(setting, table, positions)
   numbers = {"sinks": sinks, "slopes": slopes}
   numbers = {
-    name: padded(x.astype(jnp.float32)[:, None] * LOG2E, 8, 0)
+    name: x.astype(jnp.float32) * LOG2E
     for name, x in numbers.items()
     if x is not None
   }
   blocks = jnp.maximum(jnp.take_along_axis(table, columns, axis=1), 0)
-  out = on_device(
-    functools.partial(_run, setting),
-    (columns, blocks, count, positions.astype(jnp.int32)),
-    padded(q.astype(k.dtype), 8, 1),
-    k,
-    v,
-    numbers,
-  )
-  return out[:, :heads]
+  lists = columns, blocks, count, positions.astype(jnp.int32)
+  run, chip = (paged_gpu.run, "cuda") if gpu else (_run, "tpu")
+  run = functools.partial(run, setting)
+  return on_device(run, lists, q.astype(k.dtype), k, v, numbers, chip=chip)
 
 
 def _visited(setting: Setting, table: Array, at: Array) -> tuple[Array, Array]:
@@ -137,7 +136,9 @@ def _visited(setting: Setting, table: Array, at: Array) -> tuple[Array, Array]:
 
 
 def _run(setting: Setting, lists, q, k, v, numbers: dict, interpret: bool):
-  """Output `[batch, padded heads, value_dim]`."""
+  """Output `[batch, heads, value_dim]`; see `paged_gpu.run`."""
+  heads, q = q.shape[1], padded(q, 8, 1)
+  numbers = {name: padded(x[:, None], 8, 0) for name, x in numbers.items()}
   (b, rows, h), d, n = q.shape, v.shape[3], setting.pages
   steps = pl.cdiv(jnp.max(lists[2]), n)
 
@@ -178,7 +179,7 @@ def _run(setting: Setting, lists, q, k, v, numbers: dict, interpret: bool):
       bytes_accessed=lists[1].size * _page_bytes(k, v),
     ),
     interpret=interpret,
-  )(*lists, q, *[k] * n, *[v] * n, *numbers.values())
+  )(*lists, q, *[k] * n, *[v] * n, *numbers.values())[:, :heads]
 
 
 def _page_bytes(*pools: Array) -> int:
@@ -232,11 +233,7 @@ def _scores(setting: Setting, numbers: dict, q, k, column, at) -> Array:
   """
   groups, block = setting.groups, setting.block
   s = product(q, k.reshape(block * groups, -1), (1, 1))
-  if setting.softcap is None:
-    s = s * (setting.scale * LOG2E)
-  else:
-    bent = jnp.tanh(s * (setting.scale / setting.softcap))
-    s = bent * (setting.softcap * LOG2E)
+  s, _ = bent(setting, s)
   number = jax.lax.broadcasted_iota(jnp.int32, (1, block * groups), 1)
   stood = column * block + jax.lax.div(number, groups)
   head = jax.lax.broadcasted_iota(jnp.int32, (q.shape[0], 1), 0)
