@@ -1,4 +1,6 @@
-"""Grouped products for TPUs, interpreted, against a loop over the groups."""
+"""Grouped products for TPUs and GPUs, interpreted, against a loop."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxlm.layers.kernels import grouped_tpu
+from jaxlm.layers.kernels import grouped_gpu, grouped_tpu
 
 ROWS, GROUPS = 300, 4
 
@@ -17,13 +19,13 @@ def draw(*shape: int, seed: int = 0) -> np.ndarray:
   return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-@jax.jit
-def products(x, w, dy, sizes) -> tuple:
+@functools.partial(jax.jit, static_argnums=0)
+def products(chip, x, w, dy, sizes) -> tuple:
   """The product and both its gradients."""
   return (
-    grouped_tpu.times(x, w, sizes, axis=0, interpret=True),
-    grouped_tpu.times(dy, w, sizes, axis=1, interpret=True),
-    grouped_tpu.gradient(x, dy, sizes, interpret=True),
+    chip.times(x, w, sizes, axis=0, interpret=True),
+    chip.times(dy, w, sizes, axis=1, interpret=True),
+    chip.gradient(x, dy, sizes, interpret=True),
   )
 
 
@@ -33,12 +35,13 @@ def narrow(monkeypatch):
   monkeypatch.setattr(grouped_tpu, "WIDE", 4)
 
 
+@pytest.mark.parametrize("chip", [grouped_tpu, grouped_gpu])
 @given(
   st.lists(st.integers(0, ROWS), min_size=GROUPS, max_size=GROUPS).map(sorted)
 )
-def test_equals_a_loop_over_the_groups(cuts: list[int]):
+def test_equals_a_loop_over_the_groups(chip, cuts: list[int]):
   """Values at 2e-6 and gradients at 1e-5, for groups that are empty, begin
-  and end anywhere in a tile of 128 rows, and rows that belong to none.
+  and end anywhere in a tile of rows, and rows that belong to none.
   """
   ends, starts = np.array(cuts), np.array([0, *cuts[:-1]])
   x, w, dy = draw(ROWS, 6), draw(GROUPS, 6, 5, seed=1), draw(ROWS, 5, seed=2)
@@ -47,7 +50,7 @@ def test_equals_a_loop_over_the_groups(cuts: list[int]):
     want[0][a:b] = x[a:b] @ w[g]
     want[1][a:b] = dy[a:b] @ w[g].T
     want[2][g] = x[a:b].T @ dy[a:b]
-  found = products(x, w, dy, (ends - starts).astype(np.int32))
+  found = products(chip, x, w, dy, (ends - starts).astype(np.int32))
   for y, expected in zip(found, want, strict=True):
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
 
@@ -59,12 +62,12 @@ def test_contracted_in_parts():
   x, w = draw(130, 2500), draw(2, 2500, 4, seed=1)
   sizes = np.array([77, 53], np.int32)
   want = np.concatenate([x[:77] @ w[0], x[77:] @ w[1]])
-  found = grouped_tpu.times(x, w, sizes, axis=0, interpret=True)
-  np.testing.assert_allclose(found, want, atol=2e-3, rtol=1e-5)
-  found = grouped_tpu.times(
-    x, np.swapaxes(w, 1, 2), jnp.asarray(sizes), axis=1, interpret=True
-  )
-  np.testing.assert_allclose(found, want, atol=2e-3, rtol=1e-5)
+  for chip in (grouped_tpu, grouped_gpu):
+    for axis, matrix in enumerate((w, np.swapaxes(w, 1, 2))):
+      found = jax.jit(functools.partial(chip.times, axis=axis, interpret=True))(
+        x, matrix, sizes
+      )
+      np.testing.assert_allclose(found, want, atol=2e-3, rtol=1e-5)
 
 
 def test_steps_visit_each_pair_once():

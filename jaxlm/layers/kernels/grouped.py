@@ -4,8 +4,8 @@
 expert, one weight per expert. Accelerators have it as `jax.lax.ragged_dot`. On
 a CPU that primitive multiplies all rows by all matrices, so there the groups
 are cut into tiles, and a loop multiplies one tile at a time: work grows with
-the rows, and a matrix without rows is not even read. A TPU does the same in
-kernels of its own (`grouped_tpu`).
+the rows, and a matrix without rows is not even read. TPUs and GPUs do the same
+in kernels of their own (`grouped_tpu`, `grouped_gpu`).
 """
 
 import functools
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jaxlm.layers.kernels import grouped_tpu
+from jaxlm.layers.kernels import grouped_gpu, grouped_tpu
 
 Array = jax.Array
 
@@ -56,21 +56,36 @@ def grouped_dot(x: Array, w: Array, sizes: Array) -> Array:
     `[rows, out]`, summed in float32.
   """
   w = w.astype(x.dtype)
-  return _by_platform(x, w, sizes, jnp.float32, _tiles, _kernel, _ragged)
+  return _by_platform(
+    x, w, sizes, jnp.float32, _tiles, _ragged, "times", axis=0
+  )
 
 
-def _by_platform(a, b, sizes, dtype, tiles, kernel, ragged) -> Array:
-  """One of three forms, settled when the program is lowered, in `dtype`."""
+def _by_platform(a, b, sizes, dtype, tiles, ragged, name, **options) -> Array:
+  """One of four forms, settled when the program is lowered, in `dtype`.
+
+  Args:
+    a: rows.
+    b: matrices, or rows again.
+    sizes: of the groups.
+    dtype: of the result.
+    tiles: the form for CPUs.
+    ragged: the primitive, for whatever else there is.
+    name: of the kernels.
+    **options: theirs.
+  """
 
   def cast(form):
     return lambda *args: form(*args).astype(dtype)
 
+  options |= {"dtype": dtype, "interpret": False}
   return jax.lax.platform_dependent(
     a,
     b,
     sizes,
     cpu=cast(tiles),
-    tpu=functools.partial(kernel, dtype=dtype),
+    tpu=functools.partial(getattr(grouped_tpu, name), **options),
+    cuda=functools.partial(getattr(grouped_gpu, name), **options),
     default=cast(ragged),
   )
 
@@ -85,20 +100,15 @@ def _backward(saved: tuple, dy: Array) -> tuple[Array, Array, None]:
   x, w, sizes, like = saved
   dy = dy.astype(x.dtype)
   dx = _by_platform(
-    dy, w, sizes, x.dtype, _tiles_back, _kernel_back, _ragged_back
+    dy, w, sizes, x.dtype, _tiles_back, _ragged_back, "times", axis=1
   )
   dw = _by_platform(
-    x, dy, sizes, like.dtype, _tiles_weight, _kernel_weight, _ragged_weight
+    x, dy, sizes, like.dtype, _tiles_weight, _ragged_weight, "gradient"
   )
   return dx, dw, None
 
 
 grouped_dot.defvjp(_forward, _backward)
-
-
-_kernel = functools.partial(grouped_tpu.times, axis=0, interpret=False)
-_kernel_back = functools.partial(grouped_tpu.times, axis=1, interpret=False)
-_kernel_weight = functools.partial(grouped_tpu.gradient, interpret=False)
 
 
 # --- By the primitive -------------------------------------------------------
