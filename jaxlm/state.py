@@ -198,6 +198,7 @@ def _accumulate(
   return grads, metrics | {"weight": jnp.sum(weights)}
 
 
+@jax.named_scope("optimizer")
 def _apply(
   tx: optax.GradientTransformationExtraArgs,
   state: TrainState,

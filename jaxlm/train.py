@@ -41,6 +41,7 @@ from jaxlm.models.decoder import Decoder
 from jaxlm.parallel import distributed
 from jaxlm.parallel.mesh import process_rows
 from jaxlm.parallel.rules import Rules
+from jaxlm.profiling import Profile
 from jaxlm.state import TrainState
 
 Tree = Any
@@ -51,21 +52,33 @@ def main(argv: Sequence[str]) -> None:
   """Trains, or with `--explain` only says what would be trained."""
   flags = program.parser("Trains a language model.")
   distributed.add_flags(flags)
+  flags.add_argument(
+    "--profile",
+    type=int,
+    nargs="?",
+    const=3,
+    default=0,
+    metavar="CALLS",
+    help="trace so many calls of the step (3) into WORKDIR/profile",
+  )
   run = program.load(argv, flags)
   if run.explain:
     print(explain(run.config))
     return
-  with distributed.joined(run.flags):
-    train(run.config, run.workdir)
+  with distributed.joined(run.flags), _memory_explained(run.config):
+    train(run.config, run.workdir, run.flags.profile)
 
 
-def train(config: FrozenConfigDict, workdir: Path) -> TrainState:
+def train(
+  config: FrozenConfigDict, workdir: Path, profile: int = 0
+) -> TrainState:
   """Runs `config` to its end, or continues what `workdir` holds of it.
 
   Args:
     config: every key, as `jaxlm.program.load` gives it.
     workdir: gets config.json, the tokenizer, checkpoints/, metrics.jsonl,
       loss.png, samples.txt and tb/.
+    profile: calls of the step to trace into profile/, after the first.
 
   Returns:
     The last state.
@@ -76,11 +89,15 @@ def train(config: FrozenConfigDict, workdir: Path) -> TrainState:
   """
   _claim(workdir, config)
   with contextlib.ExitStack() as scope:
-    return _train(config, workdir, scope.enter_context)
+    calls = scope.enter_context(Profile(workdir / "profile", profile))
+    return _train(config, workdir, scope.enter_context, calls)
 
 
 def _train(
-  config: FrozenConfigDict, workdir: Path, enter: Callable[[Any], Any]
+  config: FrozenConfigDict,
+  workdir: Path,
+  enter: Callable[[Any], Any],
+  profile: Profile,
 ) -> TrainState:
   """The run itself; what it enters is left again, whatever happens."""
   mesh = recipe.mesh(config)
@@ -227,7 +244,8 @@ def _train(
     n = min(config.steps_per_call, _next_event(config, step) - step)
     parts = itertools.islice(feed, n)
     batch = _put(mesh, compute.rules, part, *parts)
-    state, result = step_fn(n)(state, batch, frozen)
+    with profile.call(before=state):
+      state, result = step_fn(n)(state, batch, frozen)
     if pending:
       report(*pending)
     step, pending = step + n, (step + n, result)
@@ -278,6 +296,15 @@ def _train(
 
 
 # --- Parts --------------------------------------------------------------------
+
+
+def _memory_explained(
+  config: FrozenConfigDict,
+) -> contextlib.AbstractContextManager:
+  """Where memory runs out, the error says of what and what would help."""
+  from jaxlm.plan import failure
+
+  return failure.explained(lambda: failure.of_training(config))
 
 
 def _claim(workdir: Path, config: FrozenConfigDict) -> None:

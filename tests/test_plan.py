@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from jaxlm import keys
-from jaxlm.config import freeze
+from jaxlm.config import freeze, from_file
 from jaxlm.errors import UserError
-from jaxlm.plan import hlo, make, memory, report, roofline, target
+from jaxlm.parallel.mesh import parse_sizes
+from jaxlm.plan import hlo, make, memory, report, roofline, search, target
 from jaxlm.plan.chips import CHIPS
 from jaxlm.plan.network import Message, Network
 from jaxlm.plan.traced import Reading, read
@@ -330,6 +331,36 @@ def test_a_saving_is_what_the_change_saves(site):
     for c in (config, tiny(seq_len=256, remat="full"))
   )
   assert before - after == saving.bytes
+
+
+# --- Search -----------------------------------------------------------------
+
+
+def test_the_search_finds_what_fits(site, tmp_path):
+  """The winner is compiled, within the limit, and no slower than what it beat;
+  its config file is the same config again.
+  """
+  config = tiny(model__layers=2, model__dim=32, seq_len=64, batch_size=8)
+  tight = make.dataclasses.replace(site, limit=2.5e6)
+  found = search.search(config, tight, traces=4, compiles=1)
+  winner = found.winner
+  assert winner.compiled
+  assert winner.outcome.total <= 2.5e6
+  speeds = [c.tokens_per_second for c in found.traced]
+  assert speeds == sorted(speeds, reverse=True)
+  assert winner.way == found.traced[0].way
+  assert "the compiler" in search.table(found, tight).splitlines()[2]
+  path = tmp_path / "best.py"
+  path.write_text(search.config_file(winner, tight))
+  assert freeze(from_file(path, {})[0]) == winner.config
+
+
+def test_meshes_of_a_search():
+  """Every mesh multiplies to the devices; experts only where there are some."""
+  model = make.programs.decoder(tiny())
+  for preset, mesh in search.meshes(model, 32):
+    assert math.prod(parse_sizes(mesh).values()) == 32
+    assert "ep" not in preset
 
 
 # --- Pages ------------------------------------------------------------------

@@ -105,6 +105,7 @@ class Block:
     x, report = self._feed(p, x if self.parallel else mixed, mixed, at, compute)
     return x, (out | report if cache is None else out)
 
+  @jax.named_scope("mixer")
   def _mix(
     self, p, name: str, x: Array, at: At, cache, compute: Compute, site: int
   ) -> tuple[Array, dict[str, Array]]:
@@ -113,6 +114,7 @@ class Block:
     y, out = getattr(self, name)(p[name], h, at, cache, compute)
     return self._join(p, name, x, y, at, site), out
 
+  @jax.named_scope("ffn")
   def _feed(
     self, p, read: Array, x: Array, at: At, compute: Compute
   ) -> tuple[Array, dict[str, Array]]:
@@ -336,6 +338,7 @@ def _turns(model: Decoder, at: At) -> bool:
   return still and (at.key is None or not model.draws)
 
 
+@jax.named_scope("embed")
 def embed(
   model: Decoder, params: Tree, tokens: Array, at: At, compute: Compute
 ) -> Array:
@@ -371,6 +374,7 @@ def _gather(model: Decoder, params: Tree, name: str, compute: Compute) -> Tree:
   return gather(params[name], tree, compute.rules, compute.jnp_dtype)
 
 
+@jax.named_scope("head")
 def head(model: Decoder, params: Tree, compute: Compute) -> Array:
   """The matrix `[dim, vocab]` that makes logits, in the compute dtype."""
   if model.tied:
@@ -378,6 +382,7 @@ def head(model: Decoder, params: Tree, compute: Compute) -> Array:
   return _gather(model, params, "head", compute)
 
 
+@jax.named_scope("head")
 def logits(model: Decoder, params: Tree, x: Array, compute: Compute) -> Array:
   """Logits `[batch, seq, vocab]`, float32, of hidden states `[.., dim]`."""
   w = head(model, params, compute)

@@ -10,6 +10,7 @@ Prices are yours: `--price` is dollars per chip and hour.
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from jaxlm import program
 from jaxlm.errors import UserError
@@ -26,6 +27,9 @@ def main(argv: Sequence[str]) -> None:
   which = [name.strip() for name in flags.programs.split(",")]
   generation = _generation(flags)
   where = make.site(flags.target, flags.memory_limit)
+  if flags.search:
+    seek(run, where, flags)
+    return
   if flags.explain:
     flags.no_compile = True
   made = make.plan(
@@ -34,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     which,
     generation,
     not flags.no_compile,
-    lambda text: print(f"plan     {text}", file=sys.stderr, flush=True),
+    _say,
   )
   found = report.facts(made, flags.tokens, flags.price)
   print(report.text(found))
@@ -48,6 +52,31 @@ def main(argv: Sequence[str]) -> None:
   print("".join(f"\n{text}\n" for text in extra), end="")
   paths = report.save(found, run.workdir, "\n\n".join(extra))
   print("\nsaved    " + ", ".join(map(str, paths)))
+
+
+def seek(run: program.Run, where: Any, flags: argparse.Namespace) -> None:
+  """Searches, prints the table, and writes the winner as a config."""
+  from jaxlm.files import replace
+  from jaxlm.plan import search
+
+  sizes = [int(n) for n in flags.batches.split(",") if n]
+  found = search.search(
+    run.config, where, sizes, flags.traces, flags.compiles, _say
+  )
+  print(search.table(found, where))
+  if found.winner is None:
+    raise UserError(
+      "nothing that was compiled fits; raise --compiles, or take more devices"
+    )
+  name = flags.target.replace(":", "-")
+  path = run.workdir / f"best-{name}.py"
+  run.workdir.mkdir(parents=True, exist_ok=True)
+  replace(path, search.config_file(found.winner, where))
+  print(f"\nsaved    {path}")
+
+
+def _say(text: str) -> None:
+  print(f"plan     {text}", file=sys.stderr, flush=True)
 
 
 KNOWN = "chips: v5e, v5p, v6e, h100, cpu"
@@ -76,12 +105,19 @@ def add_flags(flags: argparse.ArgumentParser) -> argparse.ArgumentParser:
     "--memory-limit", type=_bytes, help="per device, as in 16G; default all"
   )
   flags.add_argument(
+    "--search", action="store_true", help="find the fastest mesh and remat"
+  )
+  flags.add_argument("--batches", default="", help="sizes to search, 256,512")
+  flags.add_argument("--traces", type=int, default=32, help="ways to trace")
+  flags.add_argument("--compiles", type=int, default=3, help="ways to compile")
+  flags.add_argument(
     "--no-compile", action="store_true", help="estimates alone, in a second"
   )
   return flags
 
 
-def _generation(flags: argparse.Namespace):
+def _generation(flags: argparse.Namespace) -> Any:
+  """Sizes of prefill and decode, as the flags say."""
   from jaxlm.generate.options import parse_cache
   from jaxlm.plan.make import Generation
 
