@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import metrics, speed
@@ -44,12 +43,12 @@ def look(
   asked = [e for e in held_out.examples for _ in range(LOOKS)]
   score = np.array(Verifier(options.made())(asked, texts))
   said = scored(Actor(base.model), base.params, rollout, draw, compute)
-  kl = jnp.sum((rollout.logp_old - said.logp) * rollout.mask, axis=1)
+  kl = np.asarray(rollout.logp_old) - np.asarray(said.logp)
   found = {
     "score": score.mean(),
     "score_std": score.std(),
     "best_of_4": score.reshape(-1, LOOKS).max(1).mean(),
-    "kl": np.asarray(kl).mean(),
+    "kl": np.where(rollout.mask, kl, 0.0).sum(1).mean(),
     "length": np.asarray(rollout.mask).sum(1).mean(),
     "ended": questions.ended(rollout, base.eos).mean(),
   }
