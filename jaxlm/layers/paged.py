@@ -6,8 +6,8 @@ arXiv:2309.06180). Nothing is reserved for what a row might still say, and rows
 that begin alike have the blocks of their beginning in common. Who owns which
 block is decided on the host, by `jaxlm.generate.pages`.
 
-Reading gathers a row's blocks, the reference form: a kernel that follows the
-table in place gives the same numbers.
+Reading gathers a row's blocks, the reference form; on TPUs and GPUs a kernel
+follows the table in place (`kernels/paged.py`) and gives the same numbers.
 """
 
 from dataclasses import dataclass, replace
