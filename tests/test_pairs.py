@@ -11,8 +11,8 @@ import pytest
 from tiny_models import MODELS, random_params
 
 import jaxlm
+from jaxlm import convert, recipe
 from jaxlm import preference_losses as losses
-from jaxlm import recipe
 from jaxlm.config import default_config, freeze
 from jaxlm.data.tokenizer import EOT
 from jaxlm.data.tokenizers import Chars
@@ -285,6 +285,9 @@ def test_adapters_alone_are_trained(base, name: str, tmp_path):
   }
   assert changed == {"layers/0/0/mixer/q", "layers/0/0/mixer/v"}
   if name == "kto":
+    convert.main([f"--from={tmp_path}", f"--to={tmp_path}/a", "--format=peft"])
+    _, again = jaxlm.load(tmp_path / "a")
+    jax.tree.map(np.testing.assert_array_equal, again, params)
     assert (tmp_path / "samples.txt").exists()
     state = train(settings(base, **more | {"steps": 3}), tmp_path)
     assert int(state.step) == 3
