@@ -10,7 +10,7 @@ from divided import agree, alone, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
-from tiny_models import DIM, VOCAB, block, random_params
+from tiny_models import DIM, VOCAB, block, random_params, random_tokens
 
 from jaxlm.errors import UserError
 from jaxlm.layers.at import At
@@ -18,10 +18,13 @@ from jaxlm.layers.attend import attend
 from jaxlm.layers.compute import Compute, Split
 from jaxlm.layers.context import zigzag
 from jaxlm.layers.mask import Causal, Chunked, Full, PrefixLM, Sliding
+from jaxlm.layers.mlp import GLU, silu
 from jaxlm.layers.norm import RMSNorm
 from jaxlm.layers.position import Alibi
-from jaxlm.layers.ring import Setting, plan, stand
-from jaxlm.models.decoder import Decoder, forward
+from jaxlm.layers.recurrent import RNN
+from jaxlm.layers.rglru import RGLRU
+from jaxlm.layers.ring_plan import Setting, plan, stand
+from jaxlm.models.decoder import Block, Decoder, forward
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.parallel.rules import preset
 
@@ -110,7 +113,9 @@ def mesh_of(sizes: str = "data:2,context:4"):
   return make_mesh(preset("cp"), sizes)
 
 
-def differences(mask, seed=0, form="ring", shape=SHAPE, fields=(), **options):
+def differences(
+  mask, seed=0, form="ring", shape=SHAPE, fields=(), kernel="auto", **options
+):
   """Values and gradients of split rows less those of one device, largest.
 
   Plain rows where no fields are given; positions as those of a zigzag or of
@@ -149,7 +154,7 @@ def differences(mask, seed=0, form="ring", shape=SHAPE, fields=(), **options):
 
   want = both(Compute(attention="reference"))(q, k, v, sinks)
   with jax.sharding.set_mesh(mesh_of()):
-    compute = Compute(rules=preset("cp"), split=Split(form))
+    compute = Compute(rules=preset("cp"), split=Split(form), attention=kernel)
     got = both(compute, order)(q, k, v, sinks)
   away = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), got[1], want[1])
   worst = float(np.abs(got[0][1] - want[0][1]).max())
@@ -173,6 +178,19 @@ CASES = [
 def test_split_rows_attend_as_one_device(mask, fields, options, form):
   """Every mask and option, values and gradients of q, k, v and sinks."""
   assert differences(mask, 0, form, fields=fields, **options) < 1e-5
+
+
+@pytest.mark.parametrize(
+  ("mask", "fields", "form", "kernel"),
+  [
+    (Sliding(9, 2), ("zigzag", "segments", "sinks"), "ring", "flash"),
+    (Causal(), ("zigzag",), "gather", "flash"),
+    (Chunked(6), ("sinks",), "ring", "triton"),
+  ],
+)
+def test_kernels_work_on_parts(mask, fields, form, kernel):
+  """A pair of parts is a kernel's, on a TPU or a GPU; here interpreted."""
+  assert differences(mask, 0, form, fields=fields, kernel=kernel) < 1e-5
 
 
 @pytest.mark.slow
@@ -269,6 +287,27 @@ def test_an_unknown_form_is_explained():
 def test_split_rows_train_as_one_device(name, rule, sizes, form):
   """Forward, gradients, optimizer; every kind of layer that attends."""
   agree(train(name, rule, sizes, split=Split(form)), alone(name))
+
+
+def test_recurrences_read_whole_rows():
+  """They ask who comes before: rows stay in order, and are gathered."""
+  rules = preset("cp")
+  blocks = tuple(
+    Block(mixer, GLU(DIM, 24, silu), RMSNorm(DIM))
+    for mixer in (RNN(DIM, hidden=DIM), RGLRU(DIM, DIM))
+  )
+  model = Decoder(VOCAB, DIM, ((blocks, 1),), RMSNorm(DIM), 64)
+  params, tokens = random_params(model), random_tokens(2, 16)
+
+  def run(compute):
+    return jax.jit(lambda p, t: forward(model, p, t, compute=compute))(
+      params, tokens
+    )
+
+  want = run(Compute())
+  with jax.sharding.set_mesh(make_mesh(rules, "data:2,context:4")):
+    got = run(Compute(rules=rules))
+  np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 
 def test_packed_rows_in_chunks_under_watch():

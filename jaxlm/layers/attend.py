@@ -19,7 +19,7 @@ from jaxlm.layers.compute import Compute, active_mesh, platform
 from jaxlm.layers.context import attend_divided, whole_rows, written_out
 from jaxlm.layers.kernels import paged_gpu
 from jaxlm.layers.kernels.blocks import attend_causal
-from jaxlm.layers.kernels.flash import GPU, fits_gpu, flash_attention
+from jaxlm.layers.kernels.flash import GPU, TPU, fits_gpu, flash_attention
 from jaxlm.layers.kernels.paged import paged_attention
 from jaxlm.layers.mask import Causal, Full, Mask, Sliding
 from jaxlm.layers.norm import soft_cap
@@ -266,6 +266,7 @@ FORMS = {
   "cudnn": attend_cudnn,
 }
 GPUS = ("gpu", "cuda")
+CHIPS = {attend_flash: TPU, attend_triton: GPU, attend_cudnn: GPU}
 KERNELS = {"tpu": ("flash", "the kernel for TPUs")}
 KERNELS |= dict.fromkeys(GPUS, ("triton", "the kernel for GPUs"))
 
@@ -393,10 +394,13 @@ def _attend_sharded(form, q, k, v, mask, at, keys, extras, compute) -> Array:
     moved = jax.tree.map(jax.sharding.reshard, extras["moved"], spec)
     extras, by_head["moved"] = extras | {"moved": moved}, spec
 
+  chip = CHIPS.get(form.func)
+  chip = None if chip == GPU and not fits_gpu(q, k, v) else chip
+
   def local(q, k, v, at, keys, extras):
     if row and kv[1]:
       return attend_divided(
-        form, q, k, v, mask, at, keys, extras, kv[1], compute
+        form, q, k, v, mask, at, keys, extras, kv[1], compute, chip
       )
     at = at if heads[1] is None else written_out(at, q.shape[1], heads[1])
     return form(q, k, v, mask, at, keys, **extras)

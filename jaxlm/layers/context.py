@@ -8,6 +8,7 @@ the back ('zigzag'): then all have the same. Masks, rotations and losses read
 positions, so nobody else needs to know.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -18,7 +19,8 @@ from jaxlm.errors import UserError
 from jaxlm.layers.at import At
 from jaxlm.layers.compute import Compute, active_mesh
 from jaxlm.layers.mask import Mask, PrefixLM
-from jaxlm.layers.ring import Setting, attend_ring
+from jaxlm.layers.ring import attend_ring
+from jaxlm.layers.ring_plan import Setting
 
 Array = jax.Array
 Tree = Any
@@ -147,6 +149,23 @@ def _crossed(pair: list[Array], crossed: Array) -> list[Array]:
   return [jnp.where(crossed, b, a), jnp.where(crossed, a, b)]
 
 
+def undivided(mixer: Any, p: Tree, x: Array, at: At, compute: Compute):
+  """What a mixer says that reads rows in order: every device runs it on all.
+
+  Returns:
+    `[batch, seq, dim]`, split again, and the mixer's report.
+  """
+  table = tuple(
+    row for row in compute.rules.activations if row[0] not in ("length", "seq")
+  )
+  rules = replace(compute.rules, activations=table)
+  at = jax.tree.map(whole_rows, (at.positions, at.segments))
+  y, report = mixer(
+    p, whole_rows(x), At(*at), None, replace(compute, rules=rules)
+  )
+  return _placed(y, compute), report
+
+
 # --- Attention --------------------------------------------------------------
 
 
@@ -161,6 +180,7 @@ def attend_divided(
   extras: Tree,
   axis: str,
   compute: Compute,
+  chip: Any = None,
 ) -> Array:
   """Attention of a device's queries, inside `shard_map`.
 
@@ -176,6 +196,7 @@ def attend_divided(
     axis: the mesh axis that rows are split over; keys too, unless they are as
       many as a whole row of them.
     compute: says in which form.
+    chip: whose kernel works on a pair of parts; None means plain XLA.
 
   Returns:
     `[batch, queries, heads, value_dim]`.
@@ -210,6 +231,7 @@ def attend_divided(
     gather=form_of == "gather",
     scale=form.keywords["scale"],
     softcap=form.keywords["softcap"],
+    chip=chip,
   )
   return attend_ring(
     q, k, v, at, keys, setting, extras["sinks"], extras["slopes"]

@@ -15,59 +15,19 @@ queries times keys outlives a pair of pieces, in either direction.
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxlm.layers.at import At
-from jaxlm.layers.kernels import visits
-from jaxlm.layers.mask import Mask
+from jaxlm.layers.kernels.flash import flash_part, flash_part_gradient
 from jaxlm.layers.norm import soft_cap
+from jaxlm.layers.ring_plan import Setting, plan
 from jaxlm.layers.scores import distances, products, visible
 
 Array = jax.Array
 Tree = Any
-
-PIECE = 512  # queries or keys of a piece, where there are that many
-PIECES = 256  # of a whole row, at most: a plan is a table of their pairs
-
-
-@dataclass(frozen=True)
-class Setting:
-  """What is known of a row when the program is traced.
-
-  Attributes:
-    mask: who sees whom.
-    axis: the mesh axis that a row is split over.
-    ways: devices along it.
-    queries: of each device.
-    keys: of each device.
-    order: how a row lies on the devices, 'plain' or 'zigzag' (`Zigzag`), or
-      None: positions come with the data, and any pair may meet.
-    checks: whether it pays to ask each pair if anything is seen.
-    gather: all keys come at once instead of one part after the other.
-    scale: of the products.
-    softcap: of the scores, or None.
-  """
-
-  mask: Mask
-  axis: str
-  ways: int
-  queries: int
-  keys: int
-  order: str | None
-  checks: bool
-  gather: bool
-  scale: float
-  softcap: float | None
-
-  def cut(self, n: int) -> int:
-    """Into how many pieces a device's `n` tokens are cut: even, or one."""
-    most = max(2, min(PIECES // self.ways, n // PIECE))
-    return max(m for m in range(1, most + 1) if n % m == 0 and (m & 1) < m)
 
 
 def attend_ring(
@@ -98,83 +58,7 @@ def attend_ring(
   return _attend(setting, q, k, v, at, keys, sinks, slopes)
 
 
-# --- The plan ---------------------------------------------------------------
-
-
-class Run(NamedTuple):
-  """Steps that follow each other and are alike.
-
-  At step s a device meets the part of the device s places before it.
-
-  Attributes:
-    first: number of the first step.
-    pairs: int32 `[steps, ways, pairs, 3]`: for each device the piece of
-      queries, the piece of keys, and 1, or 0 for a device that has fewer.
-  """
-
-  first: int
-  pairs: np.ndarray
-
-
-def stand(order: str, ways: int, each: int) -> np.ndarray:
-  """Positions of the tokens of each device, int `[ways, each]`."""
-  row = np.arange(ways * each, dtype=np.int32)
-  if order == "plain":
-    return row.reshape(ways, each)
-  first, last = np.split(row.reshape(2 * ways, -1), 2)
-  return np.concatenate([first, last[::-1]], axis=1)
-
-
-def _needed(setting: Setting) -> np.ndarray:
-  """Which pieces meet: bool [device, its pieces, device, its pieces]."""
-  counts = setting.cut(setting.queries), setting.cut(setting.keys)
-  ways = setting.ways
-  if setting.order is None:
-    return np.ones((ways, counts[0], ways, counts[1]), bool)
-  sizes, bounds = (setting.queries, setting.keys), []
-  for each, n in zip(sizes, counts, strict=True):
-    x = stand(setting.order, ways, each).reshape(ways, n, -1)
-    bounds.append(visits.Bounds(x.min(-1), x.max(-1)))
-  q, k = bounds
-  q = visits.Bounds(*(x[:, :, None, None] for x in q))
-  k = visits.Bounds(*(x[None, None] for x in k))
-  return visits.meets(setting.mask, q, k)
-
-
-def _listed(needed: np.ndarray) -> np.ndarray:
-  """Pairs of each device, `[ways, most, 3]`, of a table [ways, n, m]."""
-  found = [np.argwhere(table) for table in needed]
-  pairs = np.zeros((len(found), max(map(len, found)), 3), np.int32)
-  for mine, pair in zip(pairs, found, strict=True):
-    mine[: len(pair), :2], mine[: len(pair), 2] = pair, 1
-  return pairs
-
-
-@functools.lru_cache(maxsize=256)
-def plan(setting: Setting) -> tuple[Run, ...]:
-  """The steps to take, in order, and what each device does in them."""
-  needed, ways = _needed(setting), setting.ways
-  if setting.gather:
-    return (Run(0, _listed(needed.reshape(*needed.shape[:2], -1))[None]),)
-  devices = np.arange(ways)
-  steps = [
-    _listed(needed[devices, :, (devices - step) % ways]) for step in devices
-  ]
-  runs: list[Run] = []
-  for step, pairs in enumerate(steps):
-    if not pairs.shape[1]:
-      continue
-    last = runs[-1] if runs else None
-    if (
-      last
-      and last.first + len(last.pairs) == step
-      and (last.pairs.shape[1:] == pairs.shape)
-    ):
-      joined = np.concatenate([last.pairs, pairs[None]])
-      runs[-1] = Run(last.first, joined)
-    else:
-      runs.append(Run(step, pairs[None]))
-  return tuple(runs)
+# --- The walk ---------------------------------------------------------------
 
 
 def _shift(setting: Setting, tree: Tree, steps: int) -> Tree:
@@ -277,13 +161,6 @@ def _sight(setting: Setting, at: At, keys: At, pair: Array) -> Array:
   return visible(setting.mask, at, keys, t, s)[:, None, None] & (pair[2] > 0)
 
 
-def _where_seen(setting: Setting, see: Array, work: Callable, x: Tree) -> Tree:
-  """`work(x)`, or `x` itself where nothing is seen, if that is worth asking."""
-  if not setting.checks:
-    return work(x)
-  return jax.lax.cond(jnp.any(see), work, lambda x: x, x)
-
-
 def _grouped(x: Array, groups: int) -> Array:
   """`[..., seq, heads, dim]` as `[..., groups, heads / groups, seq, dim]`."""
   *lead, t, n, h = x.shape
@@ -291,10 +168,80 @@ def _grouped(x: Array, groups: int) -> Array:
   return jnp.moveaxis(x, -4, -2)
 
 
+def _ungrouped(x: Array) -> Array:
+  """The inverse of `_grouped`."""
+  x = jnp.moveaxis(x, -2, -4)
+  return x.reshape(*x.shape[:-3], -1, x.shape[-1])
+
+
 def _sum(spec: str, a: Array, b: Array) -> Array:
   """A product in the dtype of `b`, with float32 sums and result."""
   a = a.astype(b.dtype)
   return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+
+def _options(setting: Setting, keys: At, pair: Array, slopes) -> dict:
+  """What a kernel takes besides arrays; where the keys of a pair stand."""
+  there = jnp.where(pair[2] > 0, keys.positions, -1)
+  return {
+    "mask": setting.mask,
+    "keys": keys.replace(positions=there),
+    "scale": setting.scale,
+    "softcap": setting.softcap,
+    "slopes": slopes,
+    "chip": setting.chip,
+  }
+
+
+def _part(setting: Setting, q, k, v, at: At, keys: At, pair: Array, slopes):
+  """Output, maximum and sum of a pair: [b, kv_heads, group, q, dim], [.., q].
+
+  The output is a sum of values times exp(score - maximum).
+  """
+  groups = k.shape[2]
+  if setting.chip is not None:
+    options = _options(setting, keys, pair, slopes)
+    out, lse = flash_part(q, k, v, at=at, **options)
+    lse = _grouped(lse[..., None], groups)[..., 0]
+    return _grouped(out, groups).astype(jnp.float32), lse, jnp.ones_like(lse)
+  see = _sight(setting, at, keys, pair)
+  scores, _ = _scores(setting, q, k, at, keys, slopes)
+  scores = jnp.where(see, scores, jnp.finfo(jnp.float32).min)
+  top = jnp.max(scores, axis=-1)
+  weights = jnp.where(see, jnp.exp(scores - top[..., None]), 0.0)
+  return _sum("bkgts,bskh->bkgth", weights, v), top, jnp.sum(weights, axis=-1)
+
+
+def _part_gradient(
+  setting: Setting, q, k, v, at: At, keys: At, pair, slopes, do, drop, lse
+):
+  """Gradients of a pair: dq [b, kv_heads, group, q, dim], dk and dv as k, v.
+
+  Args besides those of `_part`: `do` like the output, `drop` the sums of do
+  times the whole output, `lse` the log-sum-exp over the whole row.
+  """
+  if setting.chip is not None:
+    options = _options(setting, keys, pair, slopes)
+    rows = (_ungrouped(x[..., None])[..., 0] for x in (lse, drop))
+    do = _ungrouped(do)
+    dq, dk, dv = flash_part_gradient(q, k, v, *rows, do, at=at, **options)
+    return _grouped(dq, k.shape[2]), dk, dv
+  see = _sight(setting, at, keys, pair)
+  scores, slope = _scores(setting, q, k, at, keys, slopes)
+  p = jnp.where(see, jnp.exp(scores - lse[..., None]), 0.0)
+  dp = _sum("bkgth,bskh->bkgts", do, v)
+  ds = (p * (dp - drop[..., None]) * slope).astype(q.dtype)
+  dq = _sum("bkgts,bskh->bkgth", ds, k)
+  dk = _sum("bkgts,bkgth->bskh", ds, _grouped(q, k.shape[2]))
+  return dq, dk, _sum("bkgts,bkgth->bskh", p, do)
+
+
+def _where_seen(setting: Setting, at, keys, pair, work: Callable, x: Tree):
+  """`work(x)`, or `x` itself where nothing is seen, if that is worth asking."""
+  if not setting.checks or setting.chip is not None:  # a kernel asks itself
+    return work(x)
+  see = _sight(setting, at, keys, pair)
+  return jax.lax.cond(jnp.any(see), work, lambda x: x, x)
 
 
 # --- The function and its gradient ------------------------------------------
@@ -329,27 +276,29 @@ def _forward(setting: Setting, q, k, v, at, keys, sinks, slopes):
       _pick((queries, place), pair[0]),
       _pick(guests, pair[1]),
     )
-    see = _sight(setting, at, keys, pair)
 
     def work(stay: Tree) -> Tree:
-      out, top, total = _pick(stay, pair[0])
-      scores, _ = _scores(setting, q, k, at, keys, slopes)
-      scores = jnp.where(see, scores, low)
-      new = jnp.maximum(top, jnp.max(scores, axis=-1))
-      weights = jnp.where(see, jnp.exp(scores - new[..., None]), 0.0)
-      shrink = jnp.exp(top - new)
-      more = _sum("bkgts,bskh->bkgth", weights, v)
-      out = out * shrink[..., None] + more
-      total = total * shrink + jnp.sum(weights, axis=-1)
-      return _put(stay, pair[0], (out, new, total))
+      mine = _pick(stay, pair[0])
+      more = _part(setting, q, k, v, at, keys, pair, slopes)
+      return _put(stay, pair[0], _merged(mine, more))
 
-    return _where_seen(setting, see, work, stay), sums
+    return _where_seen(setting, at, keys, pair, work, stay), sums
 
   stay, _ = _walk(setting, meet, stay, _guests(setting, k, v, keys), ())
   out, lse = _finish(*stay, sinks)
-  out = _whole(jnp.moveaxis(out, -2, 2).reshape(*queries.shape[:-1], -1))
+  out = _whole(_ungrouped(out))
   out = out.astype(v.dtype)
   return out, (q, k, v, at, keys, sinks, slopes, out, lse)
+
+
+def _merged(a: Tree, b: Tree) -> Tree:
+  """Two outputs, each with its maximum and its sum, as one of both."""
+  top = jnp.maximum(a[1], b[1])
+  out, total = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)
+  for part, its_top, its_total in (a, b):
+    shrink = jnp.exp(its_top - top)
+    out, total = out + part * shrink[..., None], total + its_total * shrink
+  return out, top, total
 
 
 def _finish(out: Array, top: Array, total: Array, sinks: Array | None):
@@ -385,25 +334,21 @@ def _backward(setting: Setting, saved: tuple, do: Array):
       _pick(mine, pair[0]),
       _pick(guests, pair[1]),
     )
-    see = _sight(setting, at, keys, pair)
 
     def work(x: Tree) -> Tree:
-      dq, (dk, dv) = x
-      scores, slope = _scores(setting, q, k, at, keys, slopes)
-      p = jnp.where(see, jnp.exp(scores - lse[..., None]), 0.0)
-      dp = _sum("bkgth,bskh->bkgts", do, v)
-      ds = (p * (dp - drop[..., None]) * slope).astype(q.dtype)
-      more = _sum("bkgts,bskh->bkgth", ds, k)
-      dq = _put(dq, pair[0], _pick(dq, pair[0]) + more)
-      more = (
-        _sum("bkgts,bkgth->bskh", ds, _grouped(q, groups)),
-        _sum("bkgts,bkgth->bskh", p, do),
+      dq, sums = x
+      more, *guest = _part_gradient(
+        setting, q, k, v, at, keys, pair, slopes, do, drop, lse
       )
-      old = _pick((dk, dv), pair[1])
-      new = jax.tree.map(jnp.add, old, more)
-      return dq, _put((dk, dv), pair[1], new)
+      dq = _put(dq, pair[0], _pick(dq, pair[0]) + more.astype(jnp.float32))
+      new = jax.tree.map(
+        lambda a, b: a + b.astype(jnp.float32),
+        _pick(sums, pair[1]),
+        tuple(guest),
+      )
+      return dq, _put(sums, pair[1], new)
 
-    return _where_seen(setting, see, work, (dq, sums))
+    return _where_seen(setting, at, keys, pair, work, (dq, sums))
 
   guests = _guests(setting, k, v, keys)
   sums = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), guests[:2])
@@ -413,7 +358,7 @@ def _backward(setting: Setting, saved: tuple, do: Array):
     sums = jax.tree.map(
       lambda x: jax.lax.psum_scatter(x, setting.axis, tiled=True), sums
     )
-  dq = _whole(jnp.moveaxis(dq, -2, 2).reshape(queries.shape)).astype(q.dtype)
+  dq = _whole(_ungrouped(dq)).astype(q.dtype)
   dk, dv = (_whole(x).astype(k.dtype) for x in sums)
   dsinks = None
   if sinks is not None:  # a key without a value: dP = 0, so dS = -P drop

@@ -18,7 +18,7 @@ from jaxlm.layers.at import At
 from jaxlm.layers.attention import Attention
 from jaxlm.layers.cache import FULL
 from jaxlm.layers.compute import DEFAULT, Compute, active_mesh
-from jaxlm.layers.context import divide, restore
+from jaxlm.layers.context import divide, restore, undivided, ways
 from jaxlm.layers.dropout import dropout
 from jaxlm.layers.latent import LatentAttention
 from jaxlm.layers.linear import dot
@@ -44,6 +44,7 @@ Array = jax.Array
 Tree = Any
 Mixer = Attention | LatentAttention | RNN | RGLRU
 FFN = MLP | GLU | MoE
+ATTENDS = (Attention, LatentAttention)  # these need no row in one place
 
 # The dimensions of what a branch reads; those of the stream say 'seq'. Under
 # sequence parallelism 'seq' is cut more often.
@@ -111,7 +112,11 @@ class Block:
   ) -> tuple[Array, dict[str, Array]]:
     """Adds what the mixer of this name says; its cache or report."""
     h = self._before(p, name, x, compute)
-    y, out = getattr(self, name)(p[name], h, at, cache, compute)
+    mixer = getattr(self, name)
+    if cache is None and ways(compute) > 1 and not isinstance(mixer, ATTENDS):
+      y, out = undivided(mixer, p[name], h, at, compute)
+    else:
+      y, out = mixer(p[name], h, at, cache, compute)
     return self._join(p, name, x, y, at, site), out
 
   @jax.named_scope("ffn")
@@ -333,8 +338,7 @@ def _turns(model: Decoder, at: At) -> bool:
   A recurrence asks who comes before, and a random draw goes by place: it would
   fall on another token than on one device.
   """
-  asks = (Attention, LatentAttention)
-  still = all(isinstance(b.mixer, asks) for b in model.blocks)
+  still = all(isinstance(b.mixer, ATTENDS) for b in model.blocks)
   return still and (at.key is None or not model.draws)
 
 

@@ -143,6 +143,16 @@ def flash_attention(
   Returns:
     `[batch, seq, heads, value_dim]` in the dtype of `v`.
   """
+  chip, fixed, plan, data = _planned(
+    q, k, v, mask, at, keys, scale, softcap, sinks, slopes, tiles, chip
+  )
+  return _attention(chip, fixed, plan, data, q, k, v, sinks, slopes)
+
+
+def _planned(
+  q, k, v, mask, at, keys, scale, softcap, sinks, slopes, tiles, chip
+) -> tuple:
+  """The chip, what is fixed, which blocks to visit, and what decides it."""
   (b, t, n, _), (s, groups) = q.shape, k.shape[1:3]
   if n % groups:
     raise UserError(
@@ -175,8 +185,7 @@ def flash_attention(
         f"{t} queries and {s} keys in {b} rows have too many blocks for flash "
         "attention; give it fewer rows, or attention='reference'"
       )
-  plan = chip.plan(fixed, data, t)
-  return _attention(chip, fixed, plan, data, q, k, v, sinks, slopes)
+  return chip, fixed, chip.plan(fixed, data, t), data
 
 
 def fits_gpu(q: Array, k: Array, v: Array) -> bool:
@@ -367,24 +376,29 @@ def _forward(chip: Chip, setting: Setting, plan, data, q, k, v, sinks, slopes):
   return out, (plan, data, q, k, v, sinks, slopes, out, lse)
 
 
+def _gradients(
+  chip, setting, plan, data, q, k, v, slopes, lse, delta, do, sinks=None
+) -> tuple[Array, Array, Array]:
+  """Of queries, keys and values; `lse` and `delta` by row of the kernel."""
+  groups, t, group = k.shape[2], q.shape[1], q.shape[2] // k.shape[2]
+  x = _operands(setting, data, q, k, v, sinks, slopes)
+  kernel = functools.partial(chip.backward, setting)
+  do = _rows(setting, do, groups)
+  dq, dk, dv = on_device(kernel, x, lse, delta, do, plan, chip=chip.platform)
+  dk, dv = (jnp.swapaxes(y, 1, 2)[:, : k.shape[1]] for y in (dk, dv))
+  return _from_rows(setting, dq, t, group), dk, dv
+
+
 def _backward(chip: Chip, setting: Setting, saved, do: Array):
   plan, data, q, k, v, sinks, slopes, out, lse = saved
   groups, t, group = k.shape[2], q.shape[1], q.shape[2] // k.shape[2]
   delta = jnp.sum(
     do.astype(jnp.float32) * out.astype(jnp.float32), -1, keepdims=True
   )
-  x = _operands(setting, data, q, k, v, sinks, slopes)
-  dq, dk, dv = on_device(
-    functools.partial(chip.backward, setting),
-    x,
-    lse,
-    jnp.swapaxes(_rows(setting, delta, groups), 2, 3),
-    _rows(setting, do, groups),
-    plan,
-    chip=chip.platform,
+  rows = jnp.swapaxes(_rows(setting, delta, groups), 2, 3)
+  dq, dk, dv = _gradients(
+    chip, setting, plan, data, q, k, v, slopes, lse, rows, do, sinks
   )
-  dq = _from_rows(setting, dq, t, group)
-  dk, dv = (jnp.swapaxes(y, 1, 2)[:, : k.shape[1]] for y in (dk, dv))
   dsinks = None
   if sinks is not None:  # a key without a value: dP = 0, so dS = -P delta
     sums = _from_rows(setting, jnp.swapaxes(lse, 2, 3), t, group)
@@ -396,6 +410,71 @@ def _backward(chip: Chip, setting: Setting, saved, do: Array):
 
 
 _attention.defvjp(_forward, _backward)
+
+
+# --- Parts of a row ---------------------------------------------------------
+#
+# Where the keys of a row come in parts, what each part says is joined by the
+# log-sum-exp, and its gradient needs that of the whole row.
+
+
+def flash_part(
+  q: Array,
+  k: Array,
+  v: Array,
+  *,
+  mask: Mask,
+  at: At,
+  keys: At,
+  scale: float,
+  softcap: float | None,
+  slopes: Array | None,
+  chip: Chip,
+) -> tuple[Array, Array]:
+  """As `flash_attention`, and the log of each query's sum.
+
+  Returns:
+    `[batch, seq, heads, value_dim]`, and float32 `[batch, seq, heads]`.
+  """
+  chip, fixed, plan, data = _planned(
+    q, k, v, mask, at, keys, scale, softcap, None, slopes, None, chip
+  )
+  out, saved = _forward(chip, fixed, plan, data, q, k, v, None, slopes)
+  group = q.shape[2] // k.shape[2]
+  lse = _from_rows(fixed, jnp.swapaxes(saved[-1], 2, 3), q.shape[1], group)
+  return out, lse[..., 0] / LOG2E
+
+
+def flash_part_gradient(
+  q: Array,
+  k: Array,
+  v: Array,
+  lse: Array,
+  delta: Array,
+  do: Array,
+  *,
+  mask: Mask,
+  at: At,
+  keys: At,
+  scale: float,
+  softcap: float | None,
+  slopes: Array | None,
+  chip: Chip,
+) -> tuple[Array, Array, Array]:
+  """What a part adds to the gradients of queries, keys and values.
+
+  With `lse`, the log of each query's sum over the whole row, and `delta`, the
+  sums of `do` times the output of the whole row, both `[batch, seq, heads]`;
+  `do` is the gradient of that output, and all else as in `flash_part`.
+  """
+  chip, fixed, plan, data = _planned(
+    q, k, v, mask, at, keys, scale, softcap, None, slopes, None, chip
+  )
+  lse, delta = (
+    jnp.swapaxes(_rows(fixed, x[..., None], k.shape[2]), 2, 3)
+    for x in (lse * LOG2E, delta)
+  )
+  return _gradients(chip, fixed, plan, data, q, k, v, slopes, lse, delta, do)
 
 
 # A core of a TPU keeps the steps in its scalar memory, of 1 MiB.
