@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jaxlm.layers.compute import Compute
-from jaxlm.rl import questions, rewards
+from jaxlm.rl import losses, questions, rewards
 from jaxlm.rl.begin import Base
 from jaxlm.rl.options import Options
 from jaxlm.rl.questions import Questions
@@ -159,9 +159,12 @@ def joined(parts: list[Collected], groups: int) -> Collected:
 
 
 def gap(collected: Collected, said: Scores) -> float:
-  """The most that sampler and trainer differ about the log p of a token."""
+  """The most that sampler and trainer differ about the log p of a token.
+
+  As `jaxlm.rl.losses.gap` of each token.
+  """
   r = collected.rollout
-  return float(np.abs((np.asarray(said.logp) - r.logp_old) * r.mask).max())
+  return float(losses.gap(said.logp, r.logp_old, r.mask))
 
 
 def numbers(collected: Collected) -> dict[str, float]:

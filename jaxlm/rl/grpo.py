@@ -224,7 +224,7 @@ def objective(actor: Actor, o: GRPO, compute: Compute) -> Callable:
       "approx_kl": losses.kl(r.logp_old, said.logp, "k3"),
     }
     told = {k: losses.aggregate(x, r.mask)[0] for k, x in means.items()}
-    gap = jnp.max(jnp.abs(jnp.where(r.mask, said.logp - r.logp_old, 0.0)))
+    gap = losses.gap(said.logp, r.logp_old, r.mask)
     return loss, told | {"loss": loss, "weight": weight, "gap": gap}
 
   return loss_fn

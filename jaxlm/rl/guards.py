@@ -24,8 +24,8 @@ class Limits:
 
   Attributes:
     gap: the most that the sampler's and the trainer's log-probability of a
-      token may differ, before the first update of a rollout. In 16 bits both
-      round, and 0.1 is meant.
+      token may differ, before the first update of a rollout (`losses.gap`). In
+      16 bits both round, and 0.1 is meant.
     dead: the largest share of groups whose rewards are all the same.
     kl: the most nats a response may be from the reference.
     entropy: the least share of the first rollout's entropy.

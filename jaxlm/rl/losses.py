@@ -42,6 +42,27 @@ def log_ratio(
   return jnp.broadcast_to(jnp.sum(w, axis=1, keepdims=True) / n, w.shape)
 
 
+def gap(logp: Array, logp_old: Array, mask: Array) -> Array:
+  """Max |log p - log q| / max(1, |log q|): how far two programs differ.
+
+  Before the first update of a rollout both are of one policy, so this is
+  rounding and nothing else; and what is rounded are logits, whose errors grow
+  with their size. For a token of probability above 1/e it is the difference
+  itself.
+
+  Args:
+    logp: by the trainer, `[rows, new]`.
+    logp_old: by the sampler, `[rows, new]`.
+    mask: which tokens are there, `[rows, new]`.
+
+  Returns:
+    A scalar.
+  """
+  chex.assert_rank([logp, logp_old, mask], 2)
+  size = jnp.maximum(jnp.abs(logp_old), 1.0)
+  return jnp.max(jnp.where(mask, jnp.abs(logp - logp_old) / size, 0.0))
+
+
 def policy_loss(
   log_w: Array, advantages: Array, low: float, high: float
 ) -> tuple[Array, Array]:
