@@ -26,13 +26,15 @@ import json
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from jaxlm.layers.attend import At, attend
 from jaxlm.layers.compute import Compute
 from jaxlm.layers.kernels.fused_loss import fused_cross_entropy
 from jaxlm.layers.kernels.grouped import grouped_dot
 from jaxlm.layers.kernels.paged import paged_attention
 from jaxlm.layers.mask import Causal, Chunked, PrefixLM, Sliding
+from jaxlm.parallel.mesh import make_mesh
+from jaxlm.parallel.rules import preset
 
 def on(target):
   device = topologies.get_topology_desc(
@@ -75,6 +77,20 @@ def experts(target):
   return jax.jit(jax.grad(loss, (0, 1))).lower(array(1000, 256),
     array(8, 256, 640), array(8, dtype="int32")).compile()
 
+def ring(target, t):
+  devices = topologies.get_topology_desc(
+    platform="tpu", topology_name=target).devices
+  rules = preset("cp")
+  mesh = make_mesh(rules, devices=list(devices))
+  spec = PartitionSpec(None, "context", None, None)
+  x = jax.ShapeDtypeStruct(
+    (1, t, 4, 128), jnp.bfloat16, sharding=NamedSharding(mesh, spec))
+  def loss(q, k, v):
+    y = attend(q, k, v, Causal(), compute=Compute(rules=rules))
+    return jnp.sum(y.astype(jnp.float32) ** 2)
+  with jax.sharding.set_mesh(mesh):
+    return jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x).compile()
+
 def bytes_of(program):
   return program.memory_analysis().temp_size_in_bytes
 
@@ -92,6 +108,9 @@ found["blocks"] = bytes_of(
 found["loss"] = bytes_of(entropy("v5e:2x2"))
 for t in (16384, 65536):
   found[str(t)] = bytes_of(attention("v5p:2x2x1", Sliding(4096), t, 128))
+program = ring("v5e:2x2", 16384)
+found["ring"] = bytes_of(program)
+found["travels"] = program.as_text().count("collective-permute-start(")
 print(json.dumps(found))
 """
 
@@ -127,6 +146,18 @@ def test_the_compiler_takes_every_kernel():
     assert target in found
     assert found[target + " pages"] < 64 * 16 * 2 * 128 * 2  # bytes of a pool
     assert found[target + " experts"] < 8 * 256 * 640 * 4
+
+
+@pytest.mark.slow
+def test_a_ring_of_kernels_is_compiled():
+  """Four devices share a row: parts travel, and no scores are kept.
+
+  Keys, values, positions and their sums, in bfloat16 and in float32, are a few
+  arrays as large as a device's queries; scores would be 256 of them.
+  """
+  queries = 16384 // 4 * 4 * 128 * 2
+  assert 0 < compiled()["ring"] < 24 * queries
+  assert compiled()["travels"] > 0
 
 
 @pytest.mark.slow
