@@ -17,8 +17,9 @@ from jaxlm.errors import UserError
 from jaxlm.layers.attend import At, attend, attend_reference, choose, visible
 from jaxlm.layers.compute import Compute
 from jaxlm.layers.kernels import visits
-from jaxlm.layers.kernels.flash import Tiles, flash_attention, plan_steps
+from jaxlm.layers.kernels.flash import flash_attention, plan_steps
 from jaxlm.layers.kernels.flash_forward import Setting
+from jaxlm.layers.kernels.tiles import Tiles
 from jaxlm.layers.mask import Causal, Chunked, Full, PrefixLM, Sliding
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.parallel.rules import preset

@@ -17,7 +17,8 @@ from jaxlm.layers.attend import FORMS, At, attend, attend_reference, choose
 from jaxlm.layers.attend import visible as sees
 from jaxlm.layers.compute import Compute
 from jaxlm.layers.kernels import visits
-from jaxlm.layers.kernels.flash import GPU, Powers, flash_attention
+from jaxlm.layers.kernels.flash import GPU, flash_attention
+from jaxlm.layers.kernels.tiles import Powers
 from jaxlm.layers.mask import Causal, Chunked, PrefixLM, Sliding
 
 on_gpu = functools.partial(both, chip=GPU, tiles=Powers(32, 16, 8))

@@ -11,9 +11,10 @@ from tiny_models import VOCAB, random_params
 
 from jaxlm.generate.decode import generate
 from jaxlm.layers.at import At
-from jaxlm.layers.attend import attend_reference, in_place
+from jaxlm.layers.attend import attend_reference
 from jaxlm.layers.cache import Quantised
 from jaxlm.layers.compute import Compute
+from jaxlm.layers.in_place import in_place
 from jaxlm.layers.kernels.paged import paged_attention
 from jaxlm.layers.mask import Causal, Chunked, Sliding
 from jaxlm.layers.paged import Paged

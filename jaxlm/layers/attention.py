@@ -9,14 +9,9 @@ import jax.numpy as jnp
 from jaxlm.errors import UserError
 from jaxlm.layers import cache as kv
 from jaxlm.layers.at import At
-from jaxlm.layers.attend import (
-  Moved,
-  attend,
-  attend_pages,
-  in_place,
-  largest_logits,
-)
+from jaxlm.layers.attend import Moved, attend, largest_logits
 from jaxlm.layers.compute import DEFAULT, Compute
+from jaxlm.layers.in_place import attend_pages, in_place
 from jaxlm.layers.linear import dot
 from jaxlm.layers.mask import Causal, Mask
 from jaxlm.layers.norm import Norm
