@@ -5,11 +5,17 @@ head, loss, optimizer. docs/how-to-go-fast.md reads one.
 """
 
 import contextlib
+import gzip
+import json
+import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+
+PHASES = ("embed", "mixer", "ffn", "head", "loss", "optimizer")
 
 
 class Profile:
@@ -57,3 +63,45 @@ class Profile:
     self._running = False
     jax.profiler.stop_trace()
     print(f"profile  {self._folder}: tensorboard --logdir, or ui.perfetto.dev")
+    shares = phases(self._folder)
+    if shares:
+      text = ", ".join(f"{k} {v:.0%}" for k, v in shares.items())
+      print(f"phases   {text}")
+
+
+def phases(folder: Path) -> dict[str, float]:
+  """The share of the newest trace's time in each phase, the longest first.
+
+  Operations are joined with the names of their scopes, which the program
+  beside the trace holds. Empty where the device's trace does not name them.
+  """
+  traces = sorted(folder.rglob("perfetto_trace.json.gz"))
+  planes = sorted(folder.rglob("*.xplane.pb"))
+  if not traces or not planes:
+    return {}
+  with gzip.open(traces[-1]) as file:
+    events = json.load(file)["traceEvents"]
+  program, spent = planes[-1].read_bytes(), Counter()
+  found: dict[str, str] = {}
+  for event in events:
+    name = event.get("args", {}).get("hlo_op")
+    if name and event.get("ph") == "X":
+      if name not in found:
+        found[name] = _phase(name, program)
+      spent[found[name]] += event["dur"]
+  total = sum(spent.values())
+  return {k: v / total for k, v in spent.most_common()} if total else {}
+
+
+def _phase(name: str, program: bytes) -> str:
+  """The phase of an operation: the innermost of its scopes that is one.
+
+  An instruction's record begins with its name, behind the length of it, and
+  holds its scopes as one text.
+  """
+  key = b"\n" + bytes([len(name) % 128]) + name.encode()
+  start = program.find(key)
+  record = program[start : start + 1500] if start >= 0 else b""
+  path = re.search(rb"jit\(\w+\)[\w/()\-.,>]*", record)
+  words = re.split(r"[/()]", path[0].decode()) if path else []
+  return next((w for w in reversed(words) if w in PHASES), "other")

@@ -10,7 +10,7 @@ from jaxlm.layers.param import init
 from jaxlm.models.families import llama
 from jaxlm.optim import Optimizer, make
 from jaxlm.plan import failure
-from jaxlm.profiling import Profile
+from jaxlm.profiling import Profile, phases
 from jaxlm.state import create, make_step
 
 
@@ -33,6 +33,10 @@ def test_a_trace_holds_the_names_of_the_phases(tmp_path, capsys):
   for name in ("embed", "mixer", "ffn", "head", "loss", "optimizer"):
     assert f"{name}".encode() in text, name
   assert b"optimizer/" in text
+  shares = phases(tmp_path)
+  assert sum(shares.values()) == pytest.approx(1.0)
+  assert shares["mixer"] > 0
+  assert shares["ffn"] > 0
 
 
 def test_no_trace_unless_asked(tmp_path):

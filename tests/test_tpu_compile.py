@@ -168,3 +168,29 @@ def test_memory_grows_with_the_length(tokens):
   """
   queries = tokens * 4 * 128 * 2  # heads, head_dim, bytes
   assert 0 < compiled()[str(tokens)] < 4 * queries < tokens**2 / 3
+
+
+@pytest.mark.slow
+def test_a_plan_for_chips_that_are_not_here(tmp_path):
+  """The whole program on a tiny model: compiled, fitting, with the compiler's
+  own estimate of the time, and messages along the axis that FSDP uses.
+  """
+  command = [sys.executable, "-m", "jaxlm.plan", "--target=v5e:2x2"]
+  command += [f"--config={ROOT}/configs/tiny.py", f"--workdir={tmp_path}"]
+  command += ["--programs=train", "--config.parallel.preset=fsdp"]
+  command += ["--config.model.layers=2", "--config.unroll=false"]
+  command += ["--config.optimizer.name=adamw"]
+  env = os.environ | {"PYTHONPATH": str(ROOT)}
+  run = subprocess.run(
+    command, env=env, capture_output=True, text=True, timeout=600
+  )
+  assert run.returncode == 0, run.stderr[-3000:]
+  found = json.loads((tmp_path / "plan-v5e-2x2.json").read_text("utf-8"))
+  train = found["programs"]["train"]
+  assert train["memory"]["fits"]
+  assert 0.5 < train["memory"]["estimate"] / train["memory"]["total"] < 2
+  assert train["seconds"]["compiler"] > 0
+  assert found["attention"][0] == "flash"
+  kinds = {row["kind"] for row in train["collectives"]}
+  assert kinds & {"all-gather", "all-reduce"}
+  assert all(row["axes"] == ["fsdp"] for row in train["collectives"])

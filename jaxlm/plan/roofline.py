@@ -3,7 +3,7 @@
 Work over peak, bytes over bandwidth, messages over links: each alone is a time
 that cannot be undercut. If all three went on side by side, the longest would
 be the time; one after the other, their sum. Between the two lies what a good
-program reaches (arXiv:2009.05257 has the method).
+program reaches (Williams, Waterman and Patterson, Roofline, CACM 52(4), 2009).
 """
 
 from dataclasses import dataclass

@@ -445,11 +445,11 @@ def _inner(eqn: Any) -> Jaxpr | None:
 
 def _dot_flops(eqn: Any) -> float:
   """Two for each product: elements of the result times what each sums over."""
-  (contracted, _), _ = eqn.params["dimension_numbers"]
-  left = local_shape(eqn.invars[0].aval)
-  return (
-    2.0 * math.prod(_out_local(eqn)) * math.prod(left[d] for d in contracted)
-  )
+  dims, _ = eqn.params["dimension_numbers"]
+  left, right = (local_shape(v.aval) for v in eqn.invars)
+  # Where only one side is cut, that one is gathered first.
+  each = math.prod(max(left[i], right[j]) for i, j in zip(*dims, strict=True))
+  return 2.0 * math.prod(_out_local(eqn)) * each
 
 
 def _out_local(eqn: Any) -> tuple[int, ...]:
