@@ -25,7 +25,10 @@ from jaxlm.config import default_config
 from jaxlm.parallel.rules import PARTS
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all")
+KINDS += ("collective-permute",)
 JOINED = ("fsdp_tp", "fsdp_sp", "fsdp_ep", "fsdp_tp_ep", "zero1_sp_ep")
+JOINED += ("fsdp_cp", "fsdp_pp", "fsdp_cp_pp")
+MESHES = {"pp": "data:2,pipe:4"}  # four layers are four stages
 
 
 def settings(preset: str, batch: int, accumulate: int) -> FrozenConfigDict:
@@ -33,6 +36,7 @@ def settings(preset: str, batch: int, accumulate: int) -> FrozenConfigDict:
   config = default_config()
   with config.unlocked():
     config.parallel.preset = preset
+    config.parallel.mesh = MESHES.get(preset, "")
     config.batch_size, config.accumulate, config.seq_len = (
       batch,
       accumulate,

@@ -9,10 +9,11 @@ import pytest
 from divided import MODELS, agree, alone, train
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import DIM, VOCAB, block
+from tiny_models import DIM, VOCAB, block, random_params
 
 from jaxlm import config, recipe
 from jaxlm.errors import UserError
+from jaxlm.layers.cache import empty
 from jaxlm.layers.compute import Compute, Split
 from jaxlm.layers.norm import RMSNorm
 from jaxlm.layers.param import abstract, paths
@@ -175,6 +176,19 @@ def test_layers_that_do_not_divide_are_explained():
   said = r"4 layers.* 8 stages.*nearest.* 8"
   with jax.sharding.set_mesh(mesh), pytest.raises(UserError, match=said):
     program(model, 8, compute)
+
+
+def test_a_cache_is_declined():
+  """Stages remember nothing yet; the sentence says what does."""
+  model, rules = MODELS["dense"], preset("pp")
+  compute, cache = Compute(rules=rules), empty(model.cache(8, 8))
+  tokens = jnp.zeros((8, 1), jnp.int32)
+  mesh, params = make_mesh(rules, "data:2,pipe:4"), random_params(model)
+  with (
+    jax.sharding.set_mesh(mesh),
+    pytest.raises(UserError, match="fsdp or tp"),
+  ):
+    forward(model, params, tokens, cache=cache, compute=compute)
 
 
 def test_keys_are_read():

@@ -101,14 +101,16 @@ def schedule(n: int, rows: int, compute: Compute) -> Schedule:
   """
   p, v = stages(compute), compute.split.rounds
   m = compute.split.microbatches or p
-  if v < 1 or n % (p * v):
+  if v < 1:
+    raise UserError(f"parallel.rounds={v}; it is at least 1")
+  if n % (p * v):
     near = max(round(n / (p * v)), 1) * p * v
     how = f" in parallel.rounds={v}" if v != 1 else ""
     raise UserError(
       f"a segment of {n} layers does not divide among {p} stages{how} of the "
       f"mesh axis {AXIS}; the nearest number that does is {near}"
     )
-  if m % p:
+  if m < 1 or m % p:
     raise UserError(
       f"parallel.microbatches={m} is no multiple of the {p} stages of the mesh "
       f"axis {AXIS}; the nearest that is one is {max(round(m / p), 1) * p}"

@@ -47,10 +47,18 @@ def run(
 
   Returns:
     The stream, and the cache or the blocks' reports, `[n, ...]`.
+
+  Raises:
+    UserError: for what does not divide among stages, or a cache there.
   """
   numbers = first + len(pattern) * jnp.arange(n, dtype=jnp.int32)
   layers = functools.partial(_layers, pattern, compute)
-  if cache is None and stages(compute) > 1:
+  if cache is not None and stages(compute) > 1:
+    raise UserError(
+      "a cache is not kept across the stages of a pipeline; generate with "
+      "another parallel.preset, for example fsdp or tp"
+    )
+  if stages(compute) > 1:
     return pipelined(layers, n, params, numbers, x, at, compute)
   return layers(params, numbers, x, at, cache)
 
