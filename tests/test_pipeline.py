@@ -157,6 +157,7 @@ def test_the_program_takes_the_steps_of_its_schedule():
   [
     (Split(), 6, r"6 rows.* 4 micro-batches on 2 groups.*nearest.* 8 "),
     (Split(microbatches=6), 8, r"microbatches=6.* 4 stages.* is 8"),
+    (Split(rounds=0), 8, r"rounds=0; it is at least 1"),
     (Split(rounds=3), 8, r"4 layers.* 4 stages in parallel.rounds=3.* is 12"),
   ],
 )
