@@ -132,17 +132,9 @@ def _train(
   log = enter(begin.log(config, workdir, memory.step))
   interrupted = enter(Interrupt())
   step = memory.step
-
-  def evaluate(step: int, state: TrainState) -> None:
-    """Asks what is held out; the averaged weights, where kept."""
-    params = state.params if state.ema is None else state.ema
-    found, texts = look.look(base, params, held_out, o, compute)
-    log.scalars(step, {f"val_{k}": v for k, v in found.items()})
-    log.text(step, "samples", look.show(workdir, step, held_out, texts))
-    print(f"step {step} | {look.told(found)}", flush=True)
-    guards.act(guards.alarms(found, {}, limits), step, workdir, o.guards)
-    if step in checkpoints:
-      checkpoints.note(step, val_loss=-found["score"])
+  evaluate = look.Evaluation(
+    base, held_out, o, compute, workdir, log, checkpoints, limits
+  )
 
   owed = begin.due(step, config.eval_every, config.steps)
   if step == 0 or (owed and log.last("val_score") != step):

@@ -2,20 +2,25 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxlm import metrics, speed
+from jaxlm.checkpoint import Checkpoints
 from jaxlm.layers.compute import Compute
-from jaxlm.rl import questions
+from jaxlm.metrics import Log
+from jaxlm.rl import guards, questions
 from jaxlm.rl.begin import Base
 from jaxlm.rl.collect import respond
+from jaxlm.rl.guards import Limits
 from jaxlm.rl.options import Options
 from jaxlm.rl.questions import Questions
 from jaxlm.rl.rewards import Verifier
 from jaxlm.rl.rollout import Actor, Draw, scored
+from jaxlm.state import TrainState
 
 Tree = Any
 LOOKS = 4  # responses to each question of an evaluation
@@ -53,6 +58,45 @@ def look(
     "ended": questions.ended(rollout, base.eos).mean(),
   }
   return {name: float(x) for name, x in found.items()}, texts
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+  """What a run does at every evaluation: looks, tells, and notes.
+
+  Attributes:
+    base: the model, its reference and tokenizer.
+    held_out: what is asked.
+    options: of the run.
+    compute: how to run.
+    workdir: gets samples.txt.
+    log: gets the numbers.
+    checkpoints: get the score noted, if the step is saved.
+    limits: where guards act.
+  """
+
+  base: Base
+  held_out: Questions
+  options: Options
+  compute: Compute
+  workdir: Path
+  log: Log
+  checkpoints: Checkpoints
+  limits: Limits
+
+  def __call__(self, step: int, state: TrainState) -> None:
+    """Of the policy after `step`; the averaged weights, where kept."""
+    params = state.params if state.ema is None else state.ema
+    of = (self.base, params, self.held_out, self.options, self.compute)
+    found, texts = look(*of)
+    self.log.scalars(step, {f"val_{k}": v for k, v in found.items()})
+    shown = show(self.workdir, step, self.held_out, texts)
+    self.log.text(step, "samples", shown)
+    print(f"step {step} | {told(found)}", flush=True)
+    alarms = guards.alarms(found, {}, self.limits)
+    guards.act(alarms, step, self.workdir, self.options.guards)
+    if step in self.checkpoints:
+      self.checkpoints.note(step, val_loss=-found["score"])
 
 
 # --- Telling ----------------------------------------------------------------

@@ -295,7 +295,7 @@ def draw(report: Report, path: Path) -> None:
     other = axes[2].twinx()
     other.plot(curve["kl"], curve["proxy"], "s-", color="C3", label="reward")
     other.set_ylabel("reward", color="C3")
-    axes[2].legend(loc="lower right")
+    axes[2].legend(loc="center left")
   figure.savefig(path)
 
 
