@@ -189,6 +189,8 @@ def test_objectives_are_their_formulas():
   ]
   want = {
     preference.DPO(0.2, 0.1): losses.dpo(ratio[:, 0], ratio[:, 1], 0.2, 0.1),
+    preference.DPO(0.2, 0.0, 2.0): losses.dpo(ratio[:, 0], ratio[:, 1], 0.2)
+    - 2.0 * mean[:, 0],
     preference.IPO(0.2): losses.ipo(per_token[:, 0], per_token[:, 1], 0.2),
     preference.KTO(0.2, 1.0, 2.0): (kto[0] + kto[1]) / 2,
     preference.ORPO(0.2): losses.orpo(mean[:, 0], mean[:, 1], 0.2) - mean[:, 0],

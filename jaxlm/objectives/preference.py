@@ -115,10 +115,16 @@ class Form(Protocol):
 
 @dataclass(frozen=True)
 class DPO:
-  """`preference_losses.dpo` of log(pi / ref)."""
+  """`preference_losses.dpo` of log(pi / ref).
+
+  `likelihood` is the weight of the chosen response's own, per token: without it
+  that may fall, and does where sides differ in a token or two (Smaug,
+  arXiv:2402.13228; the sum is that of arXiv:2404.19733, equation 1).
+  """
 
   beta: float = 0.1
   smoothing: float = 0.0
+  likelihood: float = 0.0
 
   reference, sides = True, 2
 
@@ -126,7 +132,7 @@ class DPO:
     """As `Form`."""
     good, bad = s.ratio[:, 0], s.ratio[:, 1]
     loss = losses.dpo(good, bad, self.beta, self.smoothing)
-    return loss, self.beta * s.ratio
+    return loss - self.likelihood * s.mean[:, 0], self.beta * s.ratio
 
 
 @dataclass(frozen=True)
@@ -275,6 +281,7 @@ def dpo(
   chunk: int = 0,
   beta: float = 0.1,
   smoothing: float = 0.0,
+  likelihood: float = 0.0,
   template: str = "",
   examples: int = 5000,
   noise: float = 0.0,
@@ -286,12 +293,13 @@ def dpo(
     chunk: positions whose logits are held at a time; `config.loss_chunk`.
     beta: how dearly the policy pays for leaving the reference.
     smoothing: the share of labels believed to be wrong.
+    likelihood: weight of the chosen response's own, per token.
     template: how a conversation is written; as for `sft`.
     examples: how many pairs are made of a generated task.
     noise: the share of pairs whose label is turned, to see what it does.
   """
   data = Pairs(seq_len, template, examples, noise)
-  return _preference(DPO(beta, smoothing), data, chunk)
+  return _preference(DPO(beta, smoothing, likelihood), data, chunk)
 
 
 def ipo(
