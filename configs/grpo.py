@@ -1,6 +1,10 @@
-"""GRPO on two-digit sums, from a model that answers some of them.
+"""GRPO on two-digit sums, from a model that gets some of them right.
 
-    python -m jaxlm.rl.grpo --config=configs/grpo.py
+    python -m jaxlm.rl.grpo --config=configs/grpo.py --config.model.path=DIR
+
+From a model of 0.1 million parameters with pass@1 of 39 to 43 % on held-out
+sums: 84 to 91 % over five seeds, in about a minute (docs/rl.md,
+`python benchmarks/rl_curves.py`).
 
 Switch: `--config.method=grpo|dr_grpo|dapo|gspo|rloo|reinforce`.
 """

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -106,6 +107,17 @@ def test_values_are_those_before_each_token(rolled):
   moved = np.abs(np.asarray(other.values - shared))[i] > 1e-4
   assert not moved[: t + 1].any()
   assert moved[t + 1 :].all()
+
+
+def test_the_page_says_what_is_so(capsys):
+  """The examples of docs/rl.md run, and print what stands beside them."""
+  page, known = (ROOT / "docs" / "rl.md").read_text("utf-8"), {}
+  blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+  for block in blocks:
+    exec(block, known)
+  want = re.findall(r"^print\(.*\) +# (.*)$", "".join(blocks), re.M)
+  assert capsys.readouterr().out.splitlines() == want
+  assert len(want) == 6
 
 
 # --- Programs ---------------------------------------------------------------
