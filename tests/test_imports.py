@@ -28,7 +28,7 @@ _MIDDLE = (
 )
 _UPPER = "evaluate explain recipe rl"
 _PROGRAMS = (
-  "host program convert plan train serve doctor generate.__main__ "
+  "host program convert plan train chain serve doctor generate.__main__ "
   "tasks.__main__ evaluate.__main__ rl.best_of rl.distil rl.grpo rl.ppo "
   "rl.reward_check"
 )
