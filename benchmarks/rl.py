@@ -75,7 +75,7 @@ def jaxlm_step(what: str, size: str, precision: str) -> Callable[[], None]:
   model = gpt2.decoder(VOCAB, dim, layers, 4, 64)
   params = jax.jit(lambda: param.init(model.params(), jax.random.key(0)))()
   base, compute = (
-    Base(model, params, tokenizer, -1),
+    Base(model, params, tokenizer, tokenizer.eot),
     Compute(precision, unroll=True),
   )
   asked = encoded(
@@ -252,6 +252,7 @@ def work(side: str, what: str, size: str) -> None:
     begun = time.perf_counter()
 
   if side == "trl":
+    sys.path.pop(0)  # this folder has files called like libraries
     trl_run(what, size, turn)
   run = jaxlm_step(what, size, side.split()[1])
   while True:

@@ -32,6 +32,7 @@ from jaxlm.rl.losses import entropy
 
 Array = jax.Array
 Tree = Any
+AHEAD = 2**22  # numbers of noise that are drawn before the loop, not within
 
 
 # --- Who acts, and how ------------------------------------------------------
@@ -192,8 +193,18 @@ def sample(
     x, cache = x[who], take(cache, who, compute)
   state = _first(model, draw, x, cache, lengths[who])
 
+  noise = None
+  if len(keys) * draw.new * model.vocab <= AHEAD:
+    noise = jax.vmap(lambda i: _noise(keys, i, model.vocab), out_axes=1)(
+      jnp.arange(draw.new, dtype=jnp.int32)
+    )
+
   def choose(state: _State) -> _State:
-    return _choose(model, draw, params, keys, state, compute)
+    if noise is None:
+      here = _noise(keys, state.i, model.vocab)
+    else:
+      here = noise[:, state.i]
+    return _choose(model, draw, params, here, state, compute)
 
   def advance(state: _State) -> _State:
     last = jax.lax.dynamic_slice_in_dim(state.tokens, state.i - 1, 1, 1)
@@ -251,15 +262,18 @@ def _choose(
   model: Decoder,
   draw: Draw,
   params: Tree,
-  keys: Array,
+  noise: Array,
   state: _State,
   compute: Compute,
 ) -> _State:
-  """Draws the next token of each row that has not ended."""
+  """Draws the next token of each row that has not ended.
+
+  The largest of logits and Gumbel noise [rows, vocab] is a draw from their
+  softmax: `jax.random.categorical`, in two parts.
+  """
   y = logits(model, params, state.x, compute)[:, 0]
   y = samplers.apply(draw.sampler.filters, y)
-  each = jax.vmap(jax.random.fold_in, (0, None))(keys, state.i)
-  token = jax.vmap(jax.random.categorical)(each, y).astype(jnp.int32)
+  token = jnp.argmax(y + noise, axis=-1).astype(jnp.int32)
   logp = -cross_entropy(y, token)[0]
   here = ~state.ended
   ended = state.ended | ((token == draw.eos) if draw.eos is not None else False)
@@ -274,6 +288,12 @@ def _choose(
     logp=put(state.logp, jnp.where(here, logp, 0.0), state.i),
     kept=kept,
   )
+
+
+def _noise(keys: Array, i: Array, vocab: int) -> Array:
+  """What token i of each row is drawn with, `[rows, vocab]`."""
+  each = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
+  return jax.vmap(lambda key: jax.random.gumbel(key, (vocab,)))(each)
 
 
 def _joined(prompts: Array, lengths: Array, new: Array, mask: Array) -> Array:
