@@ -188,7 +188,6 @@ def test_a_plan_for_chips_that_are_not_here(tmp_path):
   found = json.loads((tmp_path / "plan-v5e-2x2.json").read_text("utf-8"))
   train = found["programs"]["train"]
   assert train["memory"]["fits"]
-  assert 0.5 < train["memory"]["estimate"] / train["memory"]["total"] < 2
   assert train["seconds"]["compiler"] > 0
   assert found["attention"][0] == "flash"
   kinds = {row["kind"] for row in train["collectives"]}

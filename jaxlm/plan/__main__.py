@@ -59,7 +59,10 @@ def seek(run: program.Run, where: Any, flags: argparse.Namespace) -> None:
   from jaxlm.files import replace
   from jaxlm.plan import search
 
-  sizes = [int(n) for n in flags.batches.split(",") if n]
+  texts = [n.strip() for n in flags.batches.split(",") if n.strip()]
+  if not all(n.isdecimal() and int(n) for n in texts):
+    raise UserError(f"--batches={flags.batches}: write sizes as in 256,512")
+  sizes = [int(n) for n in texts]
   found = search.search(
     run.config, where, sizes, flags.traces, flags.compiles, _say
   )

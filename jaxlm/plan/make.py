@@ -220,7 +220,8 @@ def outcome(
   clock = _Clock()
   program = traced(config, model, mesh, name, generation)
   clock.tick("trace")
-  reading, net = program.reading(), where.network(mesh)
+  reading = program.reading(narrow=where.chip.kind == "tpu")
+  net = where.network(mesh)
   clock.tick("read")
   length = generation.length or config.seq_len
   length = config.seq_len if name == "train" else length

@@ -40,10 +40,10 @@ class Program:
   forwards: int
   vocab: int
 
-  def reading(self) -> Reading:
-    """What can be told before it is compiled."""
+  def reading(self, narrow: bool = True) -> Reading:
+    """What can be told before it is compiled; `narrow` as in `traced.read`."""
     kept = "saved activations" if self.forwards > 1 else "cache"
-    return read(self.traced.jaxpr, self.names, self.vocab, kept)
+    return read(self.traced.jaxpr, self.names, self.vocab, kept, narrow)
 
 
 def vocab(config: FrozenConfigDict) -> int:

@@ -95,6 +95,7 @@ def read(
   names: Sequence[tuple[str, str]],
   vocab: int = 0,
   kept: str = "saved activations",
+  narrow: bool = True,
 ) -> Reading:
   """Reads a closed jaxpr.
 
@@ -103,8 +104,10 @@ def read(
     names: `(kind, path)` of each argument, in order.
     vocab: the size by which logits are known.
     kept: what scans collect: activations, or a cache where nothing is learned.
+    narrow: partial sums travel in the dtype they are cast to right away, as
+      the TPU's compiler has it, or else in their own.
   """
-  return _Reader(vocab, kept).program(jaxpr.jaxpr, names)
+  return _Reader(vocab, kept, narrow).program(jaxpr.jaxpr, names)
 
 
 # --- The walk ---------------------------------------------------------------
@@ -113,8 +116,8 @@ def read(
 class _Reader:
   """Walks through a program; `read` is its only use."""
 
-  def __init__(self, vocab: int, kept: str):
-    self._vocab, self._kept = vocab, kept
+  def __init__(self, vocab: int, kept: str, narrow: bool):
+    self._vocab, self._kept, self._narrow = vocab, kept, narrow
     self._found = Reading()
     # Inside a part that is placed automatically the types say nothing; what
     # goes in cut is taken to stay cut, except by what sums over it.
@@ -328,8 +331,8 @@ class _Reader:
     before = set().union(*(flat(axes_of(v.aval)) for v in inputs))
     before = before.union(*(self._cut.get(v, ()) for v in inputs))
     gone = before - flat(axes_of(out.aval))
-    if gone:  # they travel in the dtype they are cast to right away
-      final = wanted.get(out, out.aval)
+    if gone:
+      final = wanted.get(out, out.aval) if self._narrow else out.aval
       size = math.prod(local_shape(out.aval)) * final.dtype.itemsize
       self._send("all-reduce", tuple(sorted(gone)), size, times)
 
