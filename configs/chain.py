@@ -29,7 +29,12 @@ def get_chain(quick: bool = False) -> Chain:
         sft | {"steps": 300} | few,
         judged=True,
       ),
-      Stage("reward", "train", "configs/reward.py", sft | {"steps": 300} | few),
+      Stage(
+        "reward",
+        "train",
+        "configs/reward.py",
+        sft | {"start": "{sft}", "steps": 300} | few,
+      ),
       Stage(
         "ppo",
         "rl.ppo",
