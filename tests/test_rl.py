@@ -12,15 +12,18 @@ import pytest
 from tiny_models import FAMILIES, random_params
 
 import jaxlm
-from jaxlm import metrics, program
+from jaxlm import metrics, program, workdir
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.data.tokenizers import Chars
 from jaxlm.errors import UserError
 from jaxlm.generate.prompts import pad_left
 from jaxlm.models.families import gpt2
 from jaxlm.models.heads import ScalarHead
+from jaxlm.models.reward import RewardModel
 from jaxlm.rl import begin, grpo, ppo
+from jaxlm.rl.rewards import Learned
 from jaxlm.rl.rollout import Actor, Draw, sample, scored
+from jaxlm.tasks import examples, make
 
 ROOT = Path(__file__).parent.parent
 MODEL = FAMILIES["llama"]
@@ -118,6 +121,23 @@ def test_the_page_says_what_is_so(capsys):
   want = re.findall(r"^print\(.*\) +# (.*)$", "".join(blocks), re.M)
   assert capsys.readouterr().out.splitlines() == want
   assert len(want) == 6
+
+
+def test_a_reward_model_is_a_reward(tmp_path):
+  """From a workdir; what stands in the same batch does not matter."""
+  tokenizer = Chars("0123456789+=", ["<|endoftext|>"])
+  trunk = gpt2.decoder(tokenizer.vocab_size, 16, 1, 2, 32)
+  model = RewardModel.on(trunk)
+  workdir.save(tmp_path / "rm", model, random_params(model), tokenizer)
+  reward = Learned.load(tmp_path / "rm")
+  asked = examples(make("add", levels=2), "test", 5)
+  texts = ["1", "", "12345", "7", "99"]
+  whole = reward(asked, texts)
+  assert len(set(whole)) == 5
+  for example, text, said in zip(asked, texts, whole, strict=True):
+    np.testing.assert_allclose(reward([example], [text]), [said], rtol=1e-5)
+  with pytest.raises(UserError, match="the reward model reads 32"):
+    reward(asked[:1], ["1" * 40])
 
 
 # --- Programs ---------------------------------------------------------------
