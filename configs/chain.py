@@ -2,9 +2,9 @@
 
     python -m jaxlm.chain
 
-Pretraining on Python's documentation, fine-tuning on sums, a reward model, PPO
-against that reward model and GRPO against the scorer; then both, and what they
-began with, are asked the same held-out sums.
+Pretraining on Python's documentation, a short fine-tuning on answers in upper
+case, a reward model, PPO against that reward model and GRPO against the scorer;
+then both, and what they began with, are asked the same held-out questions.
 
 Source: the stages are the configs of this folder; InstructGPT's order
 (arXiv:2203.02155, figure 2).
@@ -12,13 +12,22 @@ Source: the stages are the configs of this folder; InstructGPT's order
 
 from jaxlm.chain import Chain, Stage
 
+TASK = "upper"
+
 
 def get_chain(quick: bool = False) -> Chain:
   """Five stages; with `quick` a few steps of each."""
   few = {"steps": 4, "eval_every": 0, "optimizer.warmup": 1} if quick else {}
-  sft = {"start": "{pretrain}", "data.path": "task:add?levels=1-2"}
-  rl = {"model.path": "{sft}", "seq_len": 24}
-  small = {"questions": 64, "held_out": 16} if quick else {}
+  talk = {"data.path": f"task:{TASK}"}
+
+  def reinforced(name: str, **keys) -> dict:
+    """Keys of PPO or GRPO: a small step, short answers, few questions."""
+    asked = {"questions": 64, "held_out": 16} if quick else {"questions": 4000}
+    keys = {"task": TASK, "tokens": 12, "levels": "none", **asked, **keys}
+    mine = {f"{name}.{key}": value for key, value in keys.items()}
+    rest = {"seq_len": 48, "steps": 40, "optimizer.lr": 5e-5}
+    return {"model.path": "{sft}", **rest, **mine, **few}
+
   return Chain(
     stages=(
       Stage("pretrain", "train", "configs/tiny.py", few),
@@ -26,35 +35,29 @@ def get_chain(quick: bool = False) -> Chain:
         "sft",
         "train",
         "configs/sft.py",
-        sft | {"steps": 300} | few,
+        talk | {"start": "{pretrain}", "steps": 120} | few,
         judged=True,
       ),
       Stage(
         "reward",
         "train",
         "configs/reward.py",
-        sft | {"start": "{sft}", "steps": 300} | few,
+        talk | {"start": "{sft}", "seq_len": 48, "steps": 300} | few,
       ),
       Stage(
         "ppo",
         "rl.ppo",
         "configs/ppo.py",
-        rl
-        | {"ppo.reward": "{reward}", "ppo.levels": "1-2", "steps": 60}
-        | few
-        | {f"ppo.{k}": v for k, v in small.items()},
+        reinforced("ppo", reward="{reward}", prompts=128, missing_eos=1.0),
         judged=True,
       ),
       Stage(
         "grpo",
         "rl.grpo",
         "configs/grpo.py",
-        rl
-        | {"grpo.levels": "1-2", "steps": 60}
-        | few
-        | {f"grpo.{k}": v for k, v in small.items()},
+        reinforced("grpo", prompts=16),
         judged=True,
       ),
     ),
-    questions=f"--task=add --levels=1-2 --n={20 if quick else 300}",
+    questions=f"--task={TASK} --n={20 if quick else 300}",
   )
