@@ -1,6 +1,6 @@
 """The whole chain: from text to a model that was taught, rewarded and judged.
 
-    python -m jaxlm.chain --stages=configs/chain.py --workdir=runs/chain
+    python -m jaxlm.chain --stages=configs/chains/tiny.py --workdir=runs/chain
 
 Every stage is one of the programs, started as one would start it by hand; its
 command is printed. Each has a directory of its own below the workdir, so that
@@ -72,7 +72,12 @@ def parser() -> argparse.ArgumentParser:
     allow_abbrev=False,
   )
   add = flags.add_argument
-  add("--stages", default="configs/chain.py", metavar="FILE", help="the chain")
+  add(
+    "--stages",
+    default="configs/chains/tiny.py",
+    metavar="FILE",
+    help="the chain",
+  )
   add("--workdir", default="runs/chain", metavar="DIR", help="where it lives")
   add("--quick", action="store_true", help="a few steps of each, to see it run")
   return flags

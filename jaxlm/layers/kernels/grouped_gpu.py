@@ -138,8 +138,9 @@ def _gradient_kernel(n_in, n_out, starts, ends, x, dy, dw) -> None:
     return total + product(a, b, (0, 0))
 
   total = jnp.zeros((SIDE, SIDE), jnp.float32)
-  last = jax.lax.div(end + SIDE - 1, SIDE)
-  first = jnp.minimum(jax.lax.div(start, SIDE), last)
+  side = jnp.int32(SIDE)  # a plain number would be 64 bits wide under x64
+  last = jax.lax.div(end + side - 1, side)
+  first = jnp.minimum(jax.lax.div(start, side), last)
   total = jax.lax.fori_loop(first, last, part, total)
   keep = tall[:, None] & broad[None]
   triton.store(dw.at[high, wide], total.astype(dw.dtype), mask=keep)
