@@ -75,13 +75,15 @@ def attend_reference(
   probs = masked_softmax(
     scores, see, None if sinks is None else sinks.reshape(1, groups, -1, 1, 1)
   )
-  out = jnp.einsum(
-    "bkgts,bskh->btkgh",
+  # Not by einsum, which puts the values in front: a CPU then turns them round.
+  out = jax.lax.dot_general(
     probs.astype(v.dtype),
     v,
+    (((4,), (1,)), ((0, 1), (0, 2))),
     preferred_element_type=jnp.float32,
   )
-  return out.astype(v.dtype).reshape(b, t, n, v.shape[-1])
+  out = jnp.moveaxis(out.astype(v.dtype), 3, 1)
+  return out.reshape(b, t, n, v.shape[-1])
 
 
 def largest_logits(
