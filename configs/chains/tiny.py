@@ -25,8 +25,7 @@ def get_chain(quick: bool = False) -> Chain:
     asked = {"questions": 64, "held_out": 16} if quick else {"questions": 4000}
     keys = {"task": TASK, "tokens": 12, "levels": "none", **asked, **keys}
     mine = {f"{name}.{key}": value for key, value in keys.items()}
-    rest = {"seq_len": 48, "steps": 40, "optimizer.lr": 5e-5}
-    return {"model.path": "{sft}", **rest, **mine, **few}
+    return {"model.path": "{sft}", "seq_len": 48, **mine}
 
   return Chain(
     stages=(
@@ -48,14 +47,27 @@ def get_chain(quick: bool = False) -> Chain:
         "ppo",
         "rl.ppo",
         "configs/ppo.py",
-        reinforced("ppo", reward="{reward}", prompts=128, missing_eos=1.0),
+        # A learned reward is only right near what it was trained on: small
+        # steps, a short leash, and a price on never ending.
+        reinforced(
+          "ppo",
+          reward="{reward}",
+          prompts=128,
+          missing_eos=3.0,
+          scale_rewards=True,
+          kl=0.2,
+        )
+        | {"steps": 60, "optimizer.lr": 2e-5}
+        | few,
         judged=True,
       ),
       Stage(
         "grpo",
         "rl.grpo",
         "configs/grpo.py",
-        reinforced("grpo", prompts=16),
+        reinforced("grpo", prompts=16)
+        | {"steps": 80, "optimizer.lr": 1e-4}
+        | few,
         judged=True,
       ),
     ),
