@@ -39,6 +39,7 @@ __all__ = [
   "batch_place",
   "compute",
   "data_arguments",
+  "due",
   "eval_rows",
   "fresh_state",
   "loss",
@@ -296,3 +297,8 @@ def batch_place(
   axes = (None, None, "batch", "length", *(None for _ in shape[4:]))
   spec = rules.activation_spec(axes[: len(shape)], shape, mesh)
   return NamedSharding(mesh, spec)
+
+
+def due(step: int, every: int, steps: int) -> bool:
+  """True at every multiple of `every` (0: of nothing), and at the end."""
+  return step == steps or (every > 0 and step % every == 0)

@@ -27,7 +27,7 @@ from ml_collections import FrozenConfigDict
 
 from jaxlm import metrics, program, recipe, speed, values
 from jaxlm.checkpoint import Checkpoints
-from jaxlm.config import check_continues, read, to_json
+from jaxlm.config import to_json
 from jaxlm.errors import UserError
 from jaxlm.evaluate import bits_per_byte, evaluate
 from jaxlm.explain import explain
@@ -43,6 +43,7 @@ from jaxlm.parallel.mesh import process_rows
 from jaxlm.parallel.rules import Rules
 from jaxlm.profiling import Profile
 from jaxlm.state import TrainState
+from jaxlm.workdir import claim
 
 Tree = Any
 STARTED = time.perf_counter()
@@ -193,7 +194,7 @@ def _train(
     clock.tick(last)
     if last - len(found["loss"]) == first:
       print(f"start    {time.perf_counter() - STARTED:.1f} s to the first step")
-    if not _due(last, config.log_every, config.steps):
+    if not recipe.due(last, config.log_every, config.steps):
       return
     rate = clock.tokens_per_sec()
     line = {k: v[-1] for k, v in found.items() if k != "weight"}
@@ -233,7 +234,7 @@ def _train(
       file.write(f"--- step {step}\n{text}\n\n")
     print(f"--- a sample at step {step}\n{text}\n---")
 
-  owed = step and held_out and _due(step, config.eval_every, 0)
+  owed = step and held_out and recipe.due(step, config.eval_every, 0)
   seen = distributed.from_first(log.last("val_loss"))
   if owed and seen != step:  # killed before it was evaluated
     checkpoints.note(step, val_loss=look(step, state))
@@ -250,9 +251,9 @@ def _train(
       report(*pending)
     step, pending = step + n, (step + n, result)
     interrupted.poll()
-    saving = _due(step, config.checkpoint_every, config.steps)
-    looking = held_out and _due(step, config.eval_every, config.steps)
-    sampling = _due(step, config.sample.every, config.steps)
+    saving = recipe.due(step, config.checkpoint_every, config.steps)
+    looking = held_out and recipe.due(step, config.eval_every, config.steps)
+    sampling = recipe.due(step, config.sample.every, config.steps)
     if not (saving or looking or sampling or interrupted):
       continue
     report(*pending)
@@ -312,15 +313,7 @@ def _claim(workdir: Path, config: FrozenConfigDict) -> None:
   if not distributed.is_first():
     _check_shared(workdir, config)
     return
-  if (workdir / "config.json").exists():
-    check_continues(read(workdir), config, workdir)
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    replace(workdir / "config.json", to_json(config))
-  except OSError as error:
-    raise UserError(
-      f"cannot write to {workdir} ({error.strerror}); choose another --workdir"
-    ) from error
+  claim(workdir, config)
   distributed.from_first(to_json(config))
 
 
@@ -398,11 +391,6 @@ def _next_event(config: FrozenConfigDict, step: int) -> int:
     config.sample.every,
   )
   return min([config.steps, *((step // n + 1) * n for n in periods if n)])
-
-
-def _due(step: int, every: int, steps: int) -> bool:
-  """True at every multiple of `every` (0: of nothing), and at the end."""
-  return step == steps or (every > 0 and step % every == 0)
 
 
 def _told(

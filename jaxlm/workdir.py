@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from ml_collections import FrozenConfigDict
 
 from jaxlm import arrays, config, files, values
 from jaxlm.checkpoint import Checkpoints
@@ -243,3 +244,20 @@ def _step(checkpoints: Checkpoints, which: str | int) -> int | None:
   if not isinstance(which, int):
     raise UserError(f"which={which!r} is neither latest, best nor a step")
   return which
+
+
+def claim(path: Path, wanted: FrozenConfigDict) -> None:
+  """Makes a workdir this config's, or checks that it already is.
+
+  Raises:
+    UserError: if it is another's, or cannot be written.
+  """
+  if (path / "config.json").exists():
+    config.check_continues(config.read(path), wanted, path)
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    files.replace(path / "config.json", config.to_json(wanted))
+  except OSError as error:
+    raise UserError(
+      f"cannot write to {path} ({error.strerror}); choose another --workdir"
+    ) from error

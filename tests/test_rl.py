@@ -12,7 +12,7 @@ import pytest
 from tiny_models import FAMILIES, random_params
 
 import jaxlm
-from jaxlm import metrics, program, workdir
+from jaxlm import metrics, program, recipe, workdir
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.data.tokenizers import Chars
 from jaxlm.errors import UserError
@@ -239,7 +239,7 @@ def test_an_interrupted_run_continues_to_the_same_bits(
   neither weights nor controller nor running statistics.
   """
   which, state, workdir = whole
-  real, seen = begin.due, []
+  real, seen = recipe.due, []
 
   def interrupting(step, every, steps):
     if step == 3 and not seen:
@@ -247,7 +247,7 @@ def test_an_interrupted_run_continues_to_the_same_bits(
       os.kill(os.getpid(), signal.SIGTERM)
     return real(step, every, steps)
 
-  monkeypatch.setattr(begin, "due", interrupting)
+  monkeypatch.setattr(recipe, "due", interrupting)
   with pytest.raises(SystemExit) as stop:
     run(which, base, tmp_path / "run")
   assert stop.value.code == 128 + signal.SIGTERM

@@ -15,7 +15,6 @@ from ml_collections import FrozenConfigDict
 
 from jaxlm import files, values, workdir
 from jaxlm.checkpoint import Checkpoints
-from jaxlm.config import check_continues, read, to_json
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.interop.load import load_all
@@ -36,23 +35,6 @@ from jaxlm.tasks import examples
 Array = jax.Array
 Tree = Any
 HELD_OUT_SEED = 1  # of the questions that evaluations ask, in every run
-
-
-def claim(workdir: Path, config: FrozenConfigDict) -> None:
-  """Makes the workdir this config's, or checks that it already is.
-
-  Raises:
-    UserError: if it is another's, or cannot be written.
-  """
-  if (workdir / "config.json").exists():
-    check_continues(read(workdir), config, workdir)
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    files.replace(workdir / "config.json", to_json(config))
-  except OSError as error:
-    raise UserError(
-      f"cannot write to {workdir} ({error.strerror}); choose another --workdir"
-    ) from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,11 +204,6 @@ def log(config: FrozenConfigDict, path: Path, step: int) -> Log:
     config=config.to_dict(),
     step=step,
   )
-
-
-def due(step: int, every: int, steps: int) -> bool:
-  """True at every multiple of `every` (0: of nothing), and at the end."""
-  return step == steps or (every > 0 and step % every == 0)
 
 
 def restored(

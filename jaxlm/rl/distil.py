@@ -36,6 +36,7 @@ from jaxlm.rl import begin, collect, look
 from jaxlm.rl.options import Options
 from jaxlm.rl.rollout import Actor, Rollout, windows
 from jaxlm.state import TrainState, make_step
+from jaxlm.workdir import claim
 
 Array = jax.Array
 Tree = Any
@@ -88,7 +89,7 @@ def train(config: FrozenConfigDict, workdir: Path) -> TrainState:
     UserError: for wrong input, or a teacher of other tokens.
   """
   options = call(Pupil, config.distil, "distil", (), "distil")
-  begin.claim(workdir, config)
+  claim(workdir, config)
   with contextlib.ExitStack() as scope:
     return _train(config, options, workdir, scope.enter_context)
 
@@ -158,15 +159,15 @@ def _train(
     step += 1
     clock.tick(step)
     memory = memory.after(now, np.zeros(1))
-    if begin.due(step, config.log_every, config.steps):
+    if recipe.due(step, config.log_every, config.steps):
       now["lr"] = float(schedule(int(state.step) - 1))
       log.scalars(step, now)
       print(f"step {step}/{config.steps} | loss {now['loss']:.4f}", flush=True)
-    saving = begin.due(step, config.checkpoint_every, config.steps)
+    saving = recipe.due(step, config.checkpoint_every, config.steps)
     with clock.paused():
       if saving or interrupted:
         checkpoints.save(step, state, memory.json(), config.to_dict())
-      if begin.due(step, config.eval_every, config.steps) and not interrupted:
+      if recipe.due(step, config.eval_every, config.steps) and not interrupted:
         evaluate(step, state)
 
   # --- End --------------------------------------------------------------------

@@ -34,6 +34,7 @@ from jaxlm.rl.collect import Collected
 from jaxlm.rl.options import GRPO
 from jaxlm.rl.rollout import Actor, Rollout, logprobs, scored
 from jaxlm.state import TrainState, make_step
+from jaxlm.workdir import claim
 
 Array = jax.Array
 Tree = Any
@@ -60,7 +61,7 @@ def train(config: FrozenConfigDict, workdir: Path) -> TrainState:
     UserError: for wrong input, or a guard that stops the run.
   """
   options = call(GRPO, config.grpo, "grpo", (), "grpo")
-  begin.claim(workdir, config)
+  claim(workdir, config)
   with contextlib.ExitStack() as scope:
     return _train(config, options, workdir, scope.enter_context)
 
@@ -136,7 +137,7 @@ def _train(
     base, held_out, o, compute, workdir, log, checkpoints, limits
   )
 
-  owed = begin.due(step, config.eval_every, config.steps)
+  owed = recipe.due(step, config.eval_every, config.steps)
   if step == 0 or (owed and log.last("val_score") != step):
     evaluate(step, state)
   while step < config.steps and not interrupted:
@@ -159,17 +160,17 @@ def _train(
     memory = memory.after(now, r.rewards)
     alarms = guards.alarms(now, memory.first, limits)
     guards.act(alarms, step, workdir, o.guards)
-    if begin.due(step, config.log_every, config.steps):
+    if recipe.due(step, config.log_every, config.steps):
       rate = clock.tokens_per_sec()
       now["lr"] = float(schedule(int(state.step) - 1))
       log.scalars(step, now | look.finite(samples_per_sec=rate))
       left = clock.seconds_left(config.steps)
       print(look.progress(step, config.steps, now, rate, left), flush=True)
-    saving = begin.due(step, config.checkpoint_every, config.steps)
+    saving = recipe.due(step, config.checkpoint_every, config.steps)
     with clock.paused():
       if saving or interrupted:
         checkpoints.save(step, state, memory.json(), config.to_dict())
-      if begin.due(step, config.eval_every, config.steps) and not interrupted:
+      if recipe.due(step, config.eval_every, config.steps) and not interrupted:
         evaluate(step, state)
 
   # --- End --------------------------------------------------------------------

@@ -36,6 +36,7 @@ from jaxlm.rl.collect import Collected
 from jaxlm.rl.options import PPO
 from jaxlm.rl.rollout import Actor, Rollout, Scores, logprobs, scored
 from jaxlm.state import TrainState, make_step
+from jaxlm.workdir import claim
 
 Array = jax.Array
 Tree = Any
@@ -62,7 +63,7 @@ def train(config: FrozenConfigDict, workdir: Path) -> TrainState:
     UserError: for wrong input, or a guard that stops the run.
   """
   options = call(PPO, config.ppo, "ppo", (), "ppo")
-  begin.claim(workdir, config)
+  claim(workdir, config)
   with contextlib.ExitStack() as scope:
     return _train(config, options, workdir, scope.enter_context)
 
@@ -140,7 +141,7 @@ def _train(
     base, held_out, o, compute, workdir, log, checkpoints, limits
   )
 
-  owed = begin.due(step, config.eval_every, config.steps)
+  owed = recipe.due(step, config.eval_every, config.steps)
   if step == 0 or (owed and log.last("val_score") != step):
     evaluate(step, state)
   while step < config.steps and not interrupted:
@@ -166,17 +167,17 @@ def _train(
     clock.tick(step)
     alarms = guards.alarms(now, memory.first, limits)
     guards.act(alarms, step, workdir, o.guards)
-    if begin.due(step, config.log_every, config.steps):
+    if recipe.due(step, config.log_every, config.steps):
       rate = clock.tokens_per_sec()
       now["lr"] = float(schedule(int(state.step) - 1))
       log.scalars(step, now | look.finite(samples_per_sec=rate))
       left = clock.seconds_left(config.steps)
       print(look.progress(step, config.steps, now, rate, left), flush=True)
-    saving = begin.due(step, config.checkpoint_every, config.steps)
+    saving = recipe.due(step, config.checkpoint_every, config.steps)
     with clock.paused():
       if saving or interrupted:
         checkpoints.save(step, state, memory.json(), config.to_dict())
-      if begin.due(step, config.eval_every, config.steps) and not interrupted:
+      if recipe.due(step, config.eval_every, config.steps) and not interrupted:
         evaluate(step, state)
 
   # --- End --------------------------------------------------------------------
