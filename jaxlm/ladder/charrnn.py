@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.errors import UserError
-from jaxlm.ladder import recurrent, rung
+from jaxlm.ladder import adam, recurrent, rung
 from jaxlm.ladder.bpe import read
 
 Array = jax.Array
@@ -95,23 +95,16 @@ def train(model: Model, p: dict, text: Array, lr: Array) -> tuple:
   """
 
   def step(carry: tuple, given: tuple) -> tuple:
-    (p, m, v, state), (t, tokens) = carry, given
+    (p, means, state), (t, tokens) = carry, given
     grad_fn = jax.value_and_grad(model.loss, has_aux=True)
     (value, state), g = grad_fn(p, state, tokens)
     g, norm = recurrent.clip(g, 1.0)
-    m = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, m, g)
-    v = jax.tree.map(lambda v, g: 0.99 * v + 0.01 * g * g, v, g)
     rate = lr * (1.0 - t / (len(text) + 1.0))
+    p, means = adam.step(p, g, means, t, rate)
+    return (p, means, state), (value, norm)
 
-    def move(p: Array, m: Array, v: Array) -> Array:
-      size = jnp.sqrt(v / (1 - 0.99**t)) + 1e-8
-      return p - rate * (m / (1 - 0.9**t)) / size
-
-    return (jax.tree.map(move, p, m, v), m, v, state), (value, norm)
-
-  zeros = jax.tree.map(jnp.zeros_like, p)
   times = jnp.arange(1.0, len(text) + 1.0)
-  carry = (p, zeros, zeros, model.start(text.shape[1]))
+  carry = (p, adam.start(p), model.start(text.shape[1]))
   (p, *_), (losses, norms) = jax.lax.scan(step, carry, (times, text))
   return p, losses, norms
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.ladder import rung
+from jaxlm.ladder import adam, rung
 
 Array = jax.Array
 SYMBOLS, LENGTH, BATCH = 10, 30, 64
@@ -123,20 +123,13 @@ def train(
     return -jnp.mean(jnp.take_along_axis(s, y[..., None], -1)), right
 
   def step(state: tuple, t: Array) -> tuple:
-    p, m, v = state
+    p, means = state
     x, y = task(jax.random.fold_in(key, t.astype(jnp.int32)), reverse)
     g, right = jax.grad(loss, has_aux=True)(p, x, y)
-    m = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, m, g)
-    v = jax.tree.map(lambda v, g: 0.99 * v + 0.01 * g * g, v, g)
+    return adam.step(p, g, means, t, lr), right
 
-    def move(p: Array, m: Array, v: Array) -> Array:
-      return p - lr * (m / (1 - 0.9**t)) / (jnp.sqrt(v / (1 - 0.99**t)) + 1e-8)
-
-    return (jax.tree.map(move, p, m, v), m, v), right
-
-  zeros = jax.tree.map(jnp.zeros_like, p)
   times = jnp.arange(1.0, steps + 1.0)
-  (p, _, _), right = jax.lax.scan(step, (p, zeros, zeros), times)
+  (p, _), right = jax.lax.scan(step, (p, adam.start(p)), times)
   return p, right
 
 

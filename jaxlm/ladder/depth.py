@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.ladder import rung
+from jaxlm.ladder import adam, rung
 
 Array = jax.Array
 ACTS = {"sigmoid": jax.nn.sigmoid, "tanh": jnp.tanh, "relu": jax.nn.relu}
@@ -117,14 +117,11 @@ def train(
     return jnp.mean(jnp.square(run(w, x, act, norm, residual) - y))
 
   def step(state: tuple, t: Array) -> tuple:
-    w, m, v = state
+    w, means = state
     value, g = jax.value_and_grad(loss)(w)
-    m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g * g
-    size = jnp.sqrt(v / (1 - 0.99**t)) + 1e-8
-    return (w - lr * m / (1 - 0.9**t) / size, m, v), value
+    return adam.step(w, g, means, t, lr), value
 
-  zeros = jnp.zeros_like(w)
-  return jax.lax.scan(step, (w, zeros, zeros), jnp.arange(1.0, 201.0))[1]
+  return jax.lax.scan(step, (w, adam.start(w)), jnp.arange(1.0, 201.0))[1]
 
 
 def compare(

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.ladder import rung
+from jaxlm.ladder import adam, rung
 
 Array = jax.Array
 CLASSES, DIM, TRAINED = 10, 32, 16
@@ -90,21 +90,14 @@ def train(key: Array, steps: int) -> dict:
     return -jnp.mean(jnp.take_along_axis(s, y[:, None], 1))
 
   def step(state: tuple, t: Array) -> tuple:
-    p, m, v = state
+    p, means = state
     key_t = jax.random.fold_in(key, t.astype(jnp.int32))
     g = jax.grad(loss)(p, *task(key_t, TRAINED, 256))
-    m = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, m, g)
-    v = jax.tree.map(lambda v, g: 0.99 * v + 0.01 * g * g, v, g)
     lr = 0.02 * (1.0 - t / (steps + 1.0))
+    return adam.step(p, g, means, t, lr), None
 
-    def move(p: Array, m: Array, v: Array) -> Array:
-      return p - lr * (m / (1 - 0.9**t)) / (jnp.sqrt(v / (1 - 0.99**t)) + 1e-8)
-
-    return (jax.tree.map(move, p, m, v), m, v), None
-
-  zeros = jax.tree.map(jnp.zeros_like, start)
   times = jnp.arange(1.0, steps + 1.0)
-  return jax.lax.scan(step, (start, zeros, zeros), times)[0][0]
+  return jax.lax.scan(step, (start, adam.start(start)), times)[0][0]
 
 
 def measure(p: dict, seed: int) -> dict[str, np.ndarray]:

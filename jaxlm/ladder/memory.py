@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.ladder import recurrent, rung
+from jaxlm.ladder import adam, recurrent, rung
 
 Array = jax.Array
 HIDDEN, BATCH = 32, 64
@@ -64,22 +64,15 @@ def train(
     return -jnp.mean(picked), right
 
   def update(state: tuple, t: Array) -> tuple:
-    p, m, v = state
+    p, means = state
     x, bit = task(jax.random.fold_in(key, t.astype(jnp.int32)), steps)
     g, right = jax.grad(loss, has_aux=True)(p, x, bit)
     g, _ = recurrent.clip(g, 1.0)
-    m = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, m, g)
-    v = jax.tree.map(lambda v, g: 0.99 * v + 0.01 * g * g, v, g)
-
-    def move(p: Array, m: Array, v: Array) -> Array:
-      return p - lr * (m / (1 - 0.9**t)) / (jnp.sqrt(v / (1 - 0.99**t)) + 1e-8)
-
-    return (jax.tree.map(move, p, m, v), m, v), right
+    return adam.step(p, g, means, t, lr), right
 
   p = fresh(kind, steps, key)
-  zeros = jax.tree.map(jnp.zeros_like, p)
   times = jnp.arange(1.0, updates + 1.0)
-  (p, _, _), right = jax.lax.scan(update, (p, zeros, zeros), times)
+  (p, _), right = jax.lax.scan(update, (p, adam.start(p)), times)
   return p, right
 
 

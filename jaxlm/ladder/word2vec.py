@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.ladder import rung
+from jaxlm.ladder import adam, rung
 
 Array = jax.Array
 WINDOW, NEGATIVE, DIM = 2, 5, 32
@@ -129,25 +129,17 @@ def train(
   }
 
   def step(state: tuple, t: Array) -> tuple:
-    v, m, s = state
+    v, means = state
     key = jax.random.fold_in(keys[2], t.astype(jnp.int32))
     pick, drawn = jax.random.split(key)
     i = jax.random.randint(pick, (1024,), 0, len(word))
     k = jax.random.randint(drawn, (1024, NEGATIVE), 0, len(noise))
     value, g = jax.value_and_grad(loss)(v, word[i], context[i], noise[k])
-    m = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, m, g)
-    s = jax.tree.map(lambda s, g: 0.99 * s + 0.01 * g * g, s, g)
     lr = 0.02 * (1.0 - t / (steps + 1.0))
+    return adam.step(v, g, means, t, lr), value
 
-    def move(v: Array, m: Array, s: Array) -> Array:
-      size = jnp.sqrt(s / (1 - 0.99**t)) + 1e-8
-      return v - lr * (m / (1 - 0.9**t)) / size
-
-    return (jax.tree.map(move, v, m, s), m, s), value
-
-  zeros = jax.tree.map(jnp.zeros_like, v)
   steps_from_1 = jnp.arange(1.0, steps + 1.0)
-  (v, _, _), losses = jax.lax.scan(step, (v, zeros, zeros), steps_from_1)
+  (v, _), losses = jax.lax.scan(step, (v, adam.start(v)), steps_from_1)
   return v, losses
 
 
