@@ -6,6 +6,7 @@ script of your own may do the same.
 
 import ctypes
 import os
+import re
 import sys
 
 from jaxlm.data.cache import cache_dir
@@ -25,13 +26,27 @@ def compile_cache() -> None:
   """Lets compiled programs outlive the process, so that the next starts fast.
 
   They lie beside jaxlm's other caches, unless JAX_COMPILATION_CACHE_DIR says
-  where.
+  where. A CPU that plays several devices keeps none: XLA's collectives run in
+  their program's order only in the process that compiled it (seen in jaxlib
+  0.10). Read back from a file they run in any order, and two devices that wait
+  for each other in different collectives wait for ever.
   """
   import jax  # here, so that --help need not wait for it
 
+  if _cpu_devices() > 1:
+    jax.config.update("jax_enable_compilation_cache", False)
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "jax"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def _cpu_devices() -> int:
+  """How many devices the CPU will play, before JAX is asked for them."""
+  import jax
+
+  flag = r"--xla_force_host_platform_device_count=(\d+)"
+  forced = re.findall(flag, os.environ.get("XLA_FLAGS", ""))
+  return max(jax.config.jax_num_cpu_devices, *map(int, forced[-1:] or [1]))
 
 
 def keep_freed_memory() -> bool:

@@ -27,12 +27,30 @@ if "jax" in sys.modules:
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from jax._src import compiler  # noqa: E402
 
 from jaxlm import host  # noqa: E402
 
 host.prepare()
-# Tests compile many small programs, and each is worth keeping.
+# Tests compile many small programs, and each is worth keeping, but for those of
+# several devices (`host.compile_cache` says why).
+jax.config.update("jax_enable_compilation_cache", True)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+_read, _write = compiler._cache_read, compiler._cache_write
+
+
+def _read_alone(name, key, options, backend, devices):
+  if len(devices) > 1:
+    return None, None
+  return _read(name, key, options, backend, devices)
+
+
+def _write_alone(key, seconds, name, backend, executable, callbacks):
+  if len(executable.local_devices()) == 1:
+    _write(key, seconds, name, backend, executable, callbacks)
+
+
+compiler._cache_read, compiler._cache_write = _read_alone, _write_alone
 
 # A silent widening or broadcast is an error: write the cast, write the axis.
 jax.config.update("jax_numpy_dtype_promotion", "strict")

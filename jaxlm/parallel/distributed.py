@@ -169,6 +169,8 @@ def initialize(
   else:
     hosts = None
   if _watch is None:
+    if jax.default_backend() == "cpu":  # see host.compile_cache
+      jax.config.update("jax_enable_compilation_cache", False)
     index = jax.process_index()
     _watch = Watch(_client(), hosts or _hosts(), index, heartbeat)
     _explain_abort()
