@@ -61,7 +61,9 @@ _PAGE = """\
   body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem; }
   h1 { font-size: 1.3rem; }
   pre, td.text { font: 13px/1.5 ui-monospace, monospace; }
-  nav { display: flex; flex-wrap: wrap; gap: .6rem; margin: 1rem 0; }
+  pre { max-height: 16rem; overflow: auto; }
+  nav { display: flex; flex-wrap: wrap; gap: .6rem; margin: 1rem 0;
+        align-items: center; }
   nav * { font: inherit; padding: .2rem .5rem; }
   nav input { flex: 1 1 14rem; }
   table { border-collapse: collapse; width: 100%; }
@@ -71,7 +73,10 @@ _PAGE = """\
        background: Canvas; white-space: nowrap; }
   th[aria-sort=ascending]::after { content: " \\2191"; }
   th[aria-sort=descending]::after { content: " \\2193"; }
-  td.text { white-space: pre-wrap; overflow-wrap: anywhere; max-width: 32rem; }
+  td { white-space: nowrap; }
+  td.text { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 7rem; }
+  td.said { width: 36%; }
+  td.said div { max-height: 16rem; overflow: auto; }
   td.text div + div { border-top: 1px dotted var(--line); }
   mark { background: var(--wrong); color: inherit; }
   .empty { opacity: .6; font-style: italic; }
@@ -142,12 +147,12 @@ function cell(row, name) {
   const td = document.createElement("td");
   const value = row[name];
   if (name === "texts" || name === "before") {
-    td.className = "text";
+    td.className = "text said";
     for (const text of value) td.append(marked(text, row.gold));
   } else if (name === "score") {
     td.textContent = value.toFixed(2);
   } else {
-    if (typeof value === "string") td.className = "text";
+    if (name === "prompt" || name === "gold") td.className = "text";
     td.textContent = value;
   }
   return td;
