@@ -317,7 +317,8 @@ def a_page() -> str:
   task = tasks.make("add,copy")
   examples = tasks.examples(task, "test", 8)
   texts = [
-    [e.response if i % 2 else "</script><b>&"] for i, e in enumerate(examples)
+    [e.response if i % 2 else "</script><b>&\ud83d"]
+    for i, e in enumerate(examples)
   ]
   found = results.scored(task, examples, texts)
   old = results.scored(task, examples, [[e.response] for e in examples])
@@ -325,11 +326,12 @@ def a_page() -> str:
 
 
 def test_the_page_holds_the_responses_as_data():
-  """No text of a model becomes markup."""
+  """No text of a model becomes markup, and half a character can be written."""
   page = a_page()
   data = page.split('id="data">')[1].split("</script>")[0]
   rows = json.loads(data)["rows"]
-  assert rows[0]["texts"] == ["</script><b>&"]
+  assert rows[0]["texts"] == ["</script><b>&\ud83d"]
+  assert page.encode()
   assert page.count("<script") == page.count("</script>") == 2
   assert "<b>" not in page
   assert "http" not in page  # it needs nothing else

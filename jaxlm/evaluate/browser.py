@@ -31,8 +31,9 @@ def page(
   for row, old in zip(rows, before or (), strict=False):
     row |= {"before": old.texts, "was": old.scores[0]}
   data = {"title": title, "summary": summary, "rows": rows}
-  # "</script>" in a response must not end the script.
-  text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
+  # "</script>" in a response must not end the script, nor half a character,
+  # which JSON can hold and no file can, the writing.
+  text = json.dumps(data).replace("<", "\\u003c")
   return _PAGE.replace("{DATA}", text)
 
 
