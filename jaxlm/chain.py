@@ -35,15 +35,16 @@ class Stage:
 
   Attributes:
     name: of the stage, and of its directory.
-    module: the program: 'train', 'rl.ppo', 'rl.grpo', ...
-    config: its config file.
-    keys: config keys to set; `{other}` becomes the directory of that stage.
+    module: the program: 'train', 'rl.ppo', 'rl.best_of', ...
+    config: its config file; '' for a program that has none.
+    keys: config keys to set, or flags where there is no config; `{other}`
+      becomes the directory of that stage, and `{name}` this one's own.
     judged: whether it is asked the questions at the end.
   """
 
   name: str
   module: str
-  config: str
+  config: str = ""
   keys: dict[str, Any] = field(default_factory=dict)
   judged: bool = False
 
@@ -80,6 +81,7 @@ def parser() -> argparse.ArgumentParser:
   )
   add("--workdir", default="runs/chain", metavar="DIR", help="where it lives")
   add("--quick", action="store_true", help="a few steps of each, to see it run")
+  add("--seed", type=int, default=0, metavar="N", help="of every stage; 0")
   return flags
 
 
@@ -93,7 +95,7 @@ def main(argv: Sequence[str]) -> None:
   chain, workdir = read(Path(flags.stages), flags.quick), Path(flags.workdir)
   for number, stage in enumerate(chain.stages, 1):
     print(f"=== {number} of {len(chain.stages)}: {stage.name}", flush=True)
-    run(stage, chain, workdir)
+    run(stage, chain, workdir, flags.seed)
   judged = [stage for stage in chain.stages if stage.judged]
   found = {s.name: judge(s, chain, workdir) for s in judged}
   print(table(chain, found, workdir))
@@ -114,7 +116,7 @@ def read(path: Path, quick: bool) -> Chain:
   chain, seen = get(quick), set()
   for stage in chain.stages:
     for name in needs(stage):
-      if name not in seen:
+      if name not in {*seen, stage.name}:
         raise UserError(
           f"stage {stage.name!r} needs {{{name}}}, which is no stage before "
           f"it; those are: {', '.join(sorted(seen)) or 'none'}"
@@ -132,22 +134,36 @@ def needs(stage: Stage) -> list[str]:
   return [name for _, name, _, _ in parts if name]
 
 
-def run(stage: Stage, chain: Chain, workdir: Path) -> None:
+def run(stage: Stage, chain: Chain, workdir: Path, seed: int) -> None:
   """Runs one stage to its end, unless it has come there before."""
-  here, where = (
-    workdir / stage.name,
-    {s.name: str(workdir / s.name) for s in chain.stages},
-  )
+  here = workdir / stage.name
   if (here / DONE).exists():
     took = json.loads((here / DONE).read_text())["seconds"]
     print(f"finished before, in {took:.0f} s")
     return
-  command = [f"--config={stage.config}", f"--workdir={here}"]
-  for key, value in stage.keys.items():
-    value = value.format(**where) if isinstance(value, str) else value
-    command.append(f"--config.{key}={value}")
-  took = call(f"jaxlm.{stage.module}", command)
+  where = {s.name: str(workdir / s.name) for s in chain.stages}
+  took = call(f"jaxlm.{stage.module}", flags_of(stage, where, seed))
+  here.mkdir(parents=True, exist_ok=True)
   files.replace(here / DONE, json.dumps({"seconds": took}))
+
+
+def flags_of(stage: Stage, where: dict[str, str], seed: int) -> list[str]:
+  """The flags of a stage's program.
+
+  Args:
+    stage: what is run.
+    where: the directory of each stage.
+    seed: of the run.
+  """
+  values = {
+    key: value.format(**where) if isinstance(value, str) else value
+    for key, value in ({"seed": seed} | stage.keys).items()
+  }
+  if not stage.config:
+    switches = [f"--{k}" for k, v in values.items() if v is True]
+    return [f"--{k}={v}" for k, v in values.items() if v is not True] + switches
+  begin = [f"--config={stage.config}", f"--workdir={where[stage.name]}"]
+  return begin + [f"--config.{key}={v}" for key, v in values.items()]
 
 
 def call(module: str, flags: Sequence[str]) -> float:

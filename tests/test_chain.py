@@ -15,6 +15,7 @@ def get_chain(quick):
   return Chain(
     stages=(
       Stage("first", "train", "a.py", {"steps": 2 if quick else 9}),
+      Stage("flags", "rl.best_of", "", {"gold": True, "out": "{flags}/x"}),
       Stage("second", "rl.ppo", "b.py", {"model.path": "{first}"}, judged=True),
     ),
     questions="--task=add --n=3",
@@ -29,13 +30,13 @@ def calls(monkeypatch):
 
   def call(module, flags):
     found.append((module, list(flags)))
-    named = dict(f.removeprefix("--").split("=", 1) for f in flags)
+    named = dict(f.removeprefix("--").split("=", 1) for f in flags if "=" in f)
     if module == "jaxlm.evaluate":
       estimate = {"value": 50.0, "low": 40.0, "high": 60.0}
       Path(named["out"]).write_text(
         json.dumps({"metrics": {"exact": estimate}})
       )
-    else:
+    elif "workdir" in named:
       Path(named["workdir"]).mkdir(parents=True, exist_ok=True)
     return 1.5
 
@@ -54,17 +55,19 @@ def file(tmp_path):
 def test_stages_are_run_once_and_compared(file, tmp_path, calls, capsys):
   """Names in braces become directories; what is finished is left."""
   argv = [f"--stages={file}", f"--workdir={tmp_path / 'w'}", "--quick"]
-  chain.main(argv)
-  (one, a), (two, b), (three, c) = calls
-  assert [one, two, three] == ["jaxlm.train", "jaxlm.rl.ppo", "jaxlm.evaluate"]
-  assert "--config.steps=2" in a
+  chain.main([*argv, "--seed=7"])
+  names = ["jaxlm.train", "jaxlm.rl.best_of", "jaxlm.rl.ppo", "jaxlm.evaluate"]
+  assert [module for module, _ in calls] == names
+  a, flags, b, c = (given for _, given in calls)
+  assert flags == ["--seed=7", f"--out={tmp_path}/w/flags/x", "--gold"]
+  assert {"--config.steps=2", "--config.seed=7"} <= set(a)
   assert f"--config.model.path={tmp_path / 'w' / 'first'}" in b
   assert "--task=add" in c
   out = capsys.readouterr().out
   assert "50.0 (40.0 to 60.0)" in out
   assert (tmp_path / "w" / "chain.png").stat().st_size > 1000
   chain.main(argv)
-  assert [module for module, _ in calls[3:]] == ["jaxlm.evaluate"]
+  assert [module for module, _ in calls[4:]] == ["jaxlm.evaluate"]
   assert "finished before, in 2 s" in capsys.readouterr().out
 
 
@@ -95,4 +98,5 @@ def test_the_chain_of_the_project_reads():
   path = Path(__file__).parent.parent / "configs" / "chains" / "tiny.py"
   for quick in (True, False):
     for stage in chain.read(path, quick).stages:
-      assert (path.parent.parent.parent / stage.config).is_file()
+      config = path.parent.parent.parent / stage.config
+      assert config.is_file() or not stage.config

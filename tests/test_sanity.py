@@ -144,10 +144,24 @@ def test_the_best_are_kept_and_the_rest_counted():
   said = (("a", "b", "c"), ("d", "e", "f"), (" ", "g", "h"))
   scores = np.array([[0.2, 1.0, 0.1], [0.0, 0.5, 0.0], [2.0, 1.0, 0.0]])
   kept, skipped = choose(Candidates(asked, said), scores, least=1.0)
-  assert [(k.best, k.worst, k.score) for k in kept] == [("b", "c", 1.0)]
+  assert [(k.best, k.worse, k.score) for k in kept] == [("b", ("c",), 1.0)]
   assert skipped == {"no sample that is good enough": 1, "an empty response": 1}
   kept, _ = choose(Candidates(asked, said), scores, least=None)
   assert [k.best for k in kept] == ["b", "e"]
+
+
+def test_pairs_are_of_the_best_and_different_worse_ones():
+  """None is as good as the best, none comes twice; the gold one may be best."""
+  asked = tuple(examples(make("copy", levels=1), "test", 2))
+  found = Candidates(asked, (("a", "b", "a", "c"), ("d", "e", "f", "g")))
+  scores = np.array([[0.1, 0.9, 0.1, 0.3], [1.0, 1.0, 1.0, 1.0]])
+  kept, _ = choose(found, scores, least=None, pairs=3)
+  assert [(k.best, k.worse) for k in kept] == [("b", ("a", "c")), ("d", ("d",))]
+  task = make("copy", levels=1)
+  known = found.with_gold()
+  best, _ = choose(known, known.judged(Verifier(task)), least=1.0, pairs=9)
+  assert [k.best for k in best] == [e.response for e in asked]
+  assert [k.worse for k in best] == [("a", "b", "c"), ("d", "e", "f", "g")]
 
 
 def test_divergences_have_names_and_temperatures():

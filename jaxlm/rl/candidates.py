@@ -1,7 +1,7 @@
 """Candidates: several responses to each prompt, to choose among."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -38,6 +38,11 @@ class Candidates:
       e for e, r in zip(self.examples, self.texts, strict=True) for _ in r
     ]
     return np.array(judge(whose, flat)).reshape(len(self.texts), -1)
+
+  def with_gold(self) -> "Candidates":
+    """With the answer that is known to be right as the last of each."""
+    pairs = zip(self.examples, self.texts, strict=True)
+    return replace(self, texts=tuple((*r, e.response) for e, r in pairs))
 
 
 def candidates(
