@@ -15,25 +15,24 @@ at chance. Written are report.md, report.json and report.png.
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from jaxlm import config, files, program, recipe
+from jaxlm import config, program
 from jaxlm.errors import UserError
 from jaxlm.interop.load import load, load_all, load_tokenizer
 from jaxlm.models.reward import RewardModel
-from jaxlm.objectives.pairs import render
 from jaxlm.objectives.talks import named_task
 from jaxlm.rl import sanity
 from jaxlm.rl.candidates import candidates
+from jaxlm.rl.reward_page import write
 from jaxlm.rl.rewards import Learned, Verifier
 from jaxlm.tasks import Example, Task, examples
+from jaxlm.train import train
 
 Report = dict[str, Any]
 
@@ -67,17 +66,17 @@ def main(argv: Sequence[str]) -> None:
   """
   flags = parser().parse_args(argv)
   path = Path(flags.workdir)
+  out = Path(flags.out) if flags.out else path
   judge, task = _judge(path), named_task(flags.task)
   found = examples(task, "test", flags.examples)
   report = about_pairs(judge, task, found)
   if flags.control:
-    report["control"] = control(config.read(path), flags.examples)
+    report["control"] = control(config.read(path), found, out / "control")
   if flags.policy:
     asked = found[: flags.prompts]
     report["best_of_n"] = chosen_from(
       judge, task, asked, Path(flags.policy), flags.samples
     )
-  out = Path(flags.out) if flags.out else path
   write(report, out)
   print((out / "report.md").read_text("utf-8"))
 
@@ -97,10 +96,7 @@ def _judge(path: Path) -> Learned:
 
 def about_pairs(judge: Learned, task: Task, found: Sequence[Example]) -> Report:
   """Everything that can be asked about right and wrong responses."""
-  good, bad = (
-    np.array(judge(found, [getattr(e, side) for e in found]))
-    for side in ("response", "rejected")
-  )
+  good, bad = _sides(judge, found)
   right, error = sanity.accuracy(good, bad)
   sizes = [
     [len(getattr(e, s)) for e in found] for s in ("response", "rejected")
@@ -118,6 +114,17 @@ def about_pairs(judge: Learned, task: Task, found: Sequence[Example]) -> Report:
   }
 
 
+def _sides(
+  judge: Learned, found: Sequence[Example]
+) -> tuple[np.ndarray, np.ndarray]:
+  """Rewards of the right responses and of the wrong ones, [pairs] each."""
+  good, bad = (
+    np.array(judge(found, [getattr(e, side) for e in found]))
+    for side in ("response", "rejected")
+  )
+  return good, bad
+
+
 def _place(
   judge: Learned, found: Sequence[Example], scores: np.ndarray
 ) -> float:
@@ -128,71 +135,64 @@ def _place(
 
 def _tricks(
   judge: Learned, task: Task, found: Sequence[Example], scores: np.ndarray
-) -> dict[str, tuple[float, int]]:
+) -> dict[str, dict[str, float | int | None]]:
   """How often a worthless change of a right response scores as well or higher.
 
-  Changes that the task still calls right are left out, as those too long.
+  Returns:
+    By name: `share`, None where nothing could be asked; `asked`, of how many
+    changes, without those that the task still calls right; and how many were
+    `too_long` for the model.
   """
   most, out = judge.model.max_positions, {}
   for name in sanity.tricks("ab"):
-    asked = [
-      (i, e, sanity.tricks(e.response)[name])
-      for i, e in enumerate(found)
-      if name in sanity.tricks(e.response)
-    ]
-    asked = [
+    made = [
       (i, e, text)
-      for i, e, text in asked
-      if task.score(e, text) < 1 and len(e.prompt + text) + 2 <= most
+      for i, e in enumerate(found)
+      if (text := sanity.tricks(e.response).get(name)) is not None
+      and task.score(e, text) < 1
     ]
+    asked = [row for row in made if _size(judge, *row[1:]) <= most]
+    share = None
     if asked:
-      made = judge([e for _, e, _ in asked], [text for _, _, text in asked])
       own = scores[[i for i, _, _ in asked]]
-      out[name] = (float(np.mean(np.array(made) >= own)), len(asked))
+      told = judge([e for _, e, _ in asked], [text for _, _, text in asked])
+      share = float(np.mean(np.array(told) >= own))
+    long = len(made) - len(asked)
+    out[name] = {"share": share, "asked": len(asked), "too_long": long}
   return out
+
+
+def _size(judge: Learned, example: Example, text: str) -> int:
+  """Tokens of a prompt, a response and its end."""
+  encode = judge.tokenizer.encode
+  return len(encode(example.prompt)) + len(encode(text)) + 1
 
 
 # --- The control ------------------------------------------------------------
 
 
-def control(settings: FrozenConfigDict, pairs: int) -> Report:
+def control(
+  settings: FrozenConfigDict, found: Sequence[Example], workdir: Path
+) -> Report:
   """The same training on shuffled labels, judged on true ones.
 
+  Args:
+    settings: of the run that is checked.
+    found: what is judged.
+    workdir: of this training; one that was stopped goes on.
+
   Returns:
-    Accuracy on pairs that were held out, and its standard error.
+    Accuracy and its standard error, as if pairs were independent, and the mean
+    probability that the better one is given.
   """
   shuffled = ConfigDict(settings.to_dict())
   shuffled.objective.noise = 0.5
-  mixed = FrozenConfigDict(shuffled)
-  jax.set_mesh(recipe.mesh(mixed))
-  objective, origin = recipe.objective(mixed), recipe.origin(mixed)
-  corpus = objective.data.read(**recipe.data_arguments(mixed, origin))
-  model = recipe.model(mixed, corpus.tokenizer.vocab_size, origin)
-  base = None if origin is None else load(origin)[1]
-  tx = recipe.optimizer(
-    mixed, objective.trained.params(model), recipe.schedule(mixed)
-  )
-  frozen = objective.trained.frozen(model, base)
-  state = recipe.fresh_state(mixed, model, tx, jax.sharding.get_mesh(), base)
-  step, rows = recipe.step(mixed, model, tx), np.arange(mixed.batch_size)
-  feed = objective.data.batches(corpus, mixed, rows).stream()
-  part = (1, mixed.accumulate, mixed.batch_size // mixed.accumulate)
-  for _ in range(mixed.steps):
-    batch = {k: x.reshape(*part, *x.shape[1:]) for k, x in next(feed).items()}
-    state, _ = step(state, batch, frozen)
-  clean = dataclasses.replace(objective.data, noise=0.0)
-  held = clean.read(
-    **recipe.data_arguments(mixed, origin) | {"tokenizer": corpus.tokenizer}
-  ).val[:pairs]
-  judge = jax.jit(recipe.loss(mixed, model))
-  whole = render(held, np.arange(len(held)), mixed.seq_len)
-  _, metrics = judge(state.params, whole, None, frozen)
-  right = float(metrics["accuracy"])
-  return {
-    "accuracy": right,
-    "error": float(np.sqrt(right * (1 - right) / len(held))),
-    "pairs": len(held),
-  }
+  shuffled.log.wandb = None
+  train(FrozenConfigDict(shuffled), workdir)
+  sides = _sides(_judge(workdir), found)
+  right, error = sanity.accuracy(*sides)
+  promised = sanity.promise(*sides)
+  return {"accuracy": right, "error": error, "promise": promised}
 
 
 # --- Best of n --------------------------------------------------------------
@@ -212,91 +212,6 @@ def chosen_from(
   wrong = true.reshape(-1) < 1
   bias = sanity.length_bias(proxy.reshape(-1)[wrong], lengths[wrong])
   return curve | {"length_bias_of_wrong": bias, "prompts": len(found.texts)}
-
-
-# --- The report -------------------------------------------------------------
-
-
-def write(report: Report, out: Path) -> None:
-  """report.md, report.json and report.png in a folder."""
-  try:
-    out.mkdir(parents=True, exist_ok=True)
-    files.replace(out / "report.json", json.dumps(report, indent=1) + "\n")
-    files.replace(out / "report.md", told(report))
-    draw(report, out / "report.png")
-  except OSError as error:
-    raise UserError(f"cannot write to {out} ({files.reason(error)})") from error
-
-
-def told(report: Report) -> str:
-  """The report as a table, with what each figure should be."""
-  rows = [
-    (
-      f"accuracy on {report['pairs']} held-out pairs",
-      f"{report['accuracy']:.3f} ± {report['accuracy_error']:.3f}",
-      "near 1 - share of wrong labels",
-    ),
-    *(
-      (f"... where the better one is {name}", f"{right:.3f} ({n})", "the same")
-      for name, (right, n) in report["accuracy_by_length"].items()
-    ),
-    ("change of a score with place and padding", f"{report['place']:.1e}", "0"),
-    (
-      "rank correlation of length and score, right responses",
-      f"{report['length_bias']:+.2f}",
-      "near 0",
-    ),
-    ("calibration error", f"{report['calibration']['error']:.3f}", "near 0"),
-    *(
-      (f"{name}: scores as high as the right one", f"{share:.3f} ({n})", "0")
-      for name, (share, n) in report["tricks"].items()
-    ),
-  ]
-  if "control" in report:
-    c = report["control"]
-    text = f"{c['accuracy']:.3f} ± {c['error']:.3f}"
-    rows.append(("trained on shuffled labels", text, "0.50 ± 0.05"))
-  if "best_of_n" in report:
-    b = report["best_of_n"]
-    rows += [
-      (
-        f"best of {n} by reward: true score",
-        f"{true:.3f}",
-        f"at most {best:.3f}",
-      )
-      for n, true, best in zip(b["n"], b["true"], b["best"], strict=True)
-    ]
-    bias = f"{b['length_bias_of_wrong']:+.2f}"
-    rows.append(("length and reward, wrong responses", bias, "near 0"))
-  lines = "".join(f"| {a} | {b} | {c} |\n" for a, b, c in rows)
-  return f"| asked | found | should be |\n|---|---|---|\n{lines}"
-
-
-def draw(report: Report, path: Path) -> None:
-  """Scores, calibration and, where there is one, the curve of best of n."""
-  from matplotlib.figure import Figure
-
-  panels = 3 if "best_of_n" in report else 2
-  figure = Figure(figsize=(4.2 * panels, 3.6), dpi=130, layout="constrained")
-  axes = figure.subplots(1, panels)
-  for name, scores in report["scores"].items():
-    axes[0].hist(scores, 30, alpha=0.6, label=f"{name} responses")
-  axes[0].set(xlabel="reward", ylabel="responses")
-  axes[0].legend()
-  found = report["calibration"]
-  axes[1].plot([0, 1], [0, 1], color="0.7")
-  axes[1].plot(found["promised"], found["seen"], "o-")
-  axes[1].set(xlabel="promised probability", ylabel="how often it was so")
-  if panels == 3:
-    curve = report["best_of_n"]
-    axes[2].plot(curve["kl"], curve["true"], "o-", label="true score")
-    axes[2].plot(curve["kl"], curve["best"], "--", label="a perfect judge's")
-    axes[2].set(xlabel="KL from the policy, nats", ylabel="true score")
-    other = axes[2].twinx()
-    other.plot(curve["kl"], curve["proxy"], "s-", color="C3", label="reward")
-    other.set_ylabel("reward", color="C3")
-    axes[2].legend(loc="center left")
-  figure.savefig(path)
 
 
 if __name__ == "__main__":

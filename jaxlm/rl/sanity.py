@@ -25,6 +25,15 @@ def accuracy(good: Array, bad: Array) -> tuple[float, float]:
   return float(right), math.sqrt(right * (1 - right) / len(good))
 
 
+def promise(good: Array, bad: Array) -> float:
+  """Mean of s(r_good - r_bad): how likely it calls the better one better.
+
+  Where a model has no opinion this is 1/2, whichever way its differences lean;
+  `accuracy` then goes by the sign of next to nothing, which many pairs share.
+  """
+  return float(np.mean(_probability(good - bad)))
+
+
 def length_bias(scores: Array, lengths: Array) -> float:
   """Rank correlation (Spearman's) of scores and lengths, from -1 to 1.
 
@@ -69,13 +78,13 @@ def calibration(
   the worse one.
   """
   turn = np.random.default_rng(seed).random(len(good)) < 0.5
-  gap = np.where(turn, bad - good, good - bad).astype(np.float64)
-  promise = 0.5 * (1 + np.tanh(gap / 2))
-  place = np.minimum((promise * bins).astype(int), bins - 1)
+  gap = np.where(turn, bad - good, good - bad)
+  likely = _probability(gap)
+  place = np.minimum((likely * bins).astype(int), bins - 1)
   count = np.bincount(place, minlength=bins)
   full = count > 0
   each = np.maximum(count, 1)
-  promised = (np.bincount(place, promise, bins) / each)[full]
+  promised = (np.bincount(place, likely, bins) / each)[full]
   seen = (np.bincount(place, ~turn, bins) / each)[full]
   share = count[full] / len(good)
   error = float(np.sum(share * np.abs(promised - seen)))
@@ -85,6 +94,11 @@ def calibration(
     tuple(count[full].tolist()),
     error,
   )
+
+
+def _probability(gap: Array) -> Array:
+  """s(x) in float64, without overflow."""
+  return 0.5 * (1 + np.tanh(gap.astype(np.float64) / 2))
 
 
 def tricks(response: str) -> dict[str, str]:
