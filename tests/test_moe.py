@@ -343,6 +343,7 @@ def test_experts_that_choose_are_even():
     ("top_k=3 .* 1 groups of 2", lambda: grouped_by(Groups(4, 1))),
     ("5 of 4 groups", lambda: Groups(4, 5)),
     ("factor of 0", lambda: MoE(EXPERT, 8, dispatch=Capacity(0))),
+    ("room=0", lambda: MoE(EXPERT, 8, dispatch=Ragged(0))),
     ("model.balance is 'luck'", lambda: tiny(balance="luck")),
     ("top_k=9", lambda: tiny(top_k=9)),
   ],
@@ -549,16 +550,19 @@ def test_a_mesh_of_one_device_is_a_mesh():
   ("dispatch", "rule"),
   [
     (Ragged(), "fsdp_tp_ep"),
+    (Ragged(0.3), "ep"),
     (Dense(), "fsdp_tp_ep"),
     (Capacity(8.0), "fsdp_tp_ep"),
     pytest.param(Ragged(), "tp", marks=pytest.mark.slow),
   ],
 )
-def test_split_experts_add_up(dispatch, rule: str):
+def test_split_experts_add_up(monkeypatch, dispatch, rule: str):
   """Experts, and their hidden units, on several devices: they say the same.
 
-  Biases are added once, noise is that of one device, tokens come back.
+  Biases are added once, noise is that of one device, tokens come back; those
+  that find no room in one round do in another.
   """
+  monkeypatch.setattr(exchange, "LEAST", 1)
   route = TopK(bias=True, noise=True, balance=0.1)
   m = MoE(MLP(8, 16, bias=True), 4, 2, route, dispatch=dispatch)
   p, rules, key = drawn(m), preset(rule), jax.random.key(0)
@@ -601,39 +605,47 @@ def sent_ragged(x, out, starts, sizes, places, arriving, *, axis_name):
   return out
 
 
-def test_rows_travel_alike_on_every_platform(monkeypatch):
+@pytest.mark.parametrize("most", [24, 7])
+def test_rows_travel_alike_on_every_platform(monkeypatch, most: int):
   """Ragged as accelerators send them, or with their room as CPUs do.
 
-  Both leave the same rows in the same places, and bring them back. CPUs have
-  no ragged exchange, so one is made of its definition.
+  In one round, or in as many as the fullest device needs: the same rows in the
+  same places, sorted by group, and all are back home. CPUs have no ragged
+  exchange, so one is made of its definition.
   """
   monkeypatch.setattr(jax.lax, "ragged_all_to_all", sent_ragged)
   mesh = make_mesh(preset("ep"), "data:2,expert:4")
   rng = np.random.default_rng(0)
   spec = PartitionSpec(("data", "expert"), None)
   place = NamedSharding(mesh, spec)
-  cuts = np.sort(rng.integers(0, 7, (8, 3)), 1)
+  cuts = np.sort(rng.integers(0, 7, (8, 7)), 1)
   sizes = np.diff(cuts, axis=1, prepend=0, append=6).astype(np.int32)
   x = rng.normal(size=(8 * 6, 5)).astype(np.float32)
 
   def local(x, sizes):
-    plan = exchange.plan(sizes[0], "expert")
-    one, other = (
-      exchange._there_ragged(x, plan),
-      exchange._there_padded(x, plan),
-    )
-    y = 2.0 * other
-    back = exchange._back_ragged(y, plan), exchange._back_padded(y, plan)
-    return one, other, *back
+    plan = exchange.plan(sizes.reshape(4, 2), "expert")
+    zeros, seen = jnp.zeros((most, 5)), []
+    homes = [jnp.zeros_like(x)] * 2
+    for i in range(-(-24 // most)):
+      part = plan.round(jnp.int32(i), most)
+      one = exchange._there_ragged(x, zeros, part)
+      other = exchange._there_padded(x, zeros, part)
+      homes = [
+        exchange._back_ragged(2.0 * one, homes[0], part),
+        exchange._back_padded(2.0 * other, homes[1], part),
+      ]
+      seen += [one, other]
+    return *homes, *seen
 
   with jax.sharding.set_mesh(mesh):
-    run = jax.shard_map(local, out_specs=(spec,) * 4, check_vma=False)
+    run = jax.shard_map(local, out_specs=spec, check_vma=False)
     found = jax.jit(run)(jax.device_put(x, place), jax.device_put(sizes, place))
-  one, other, *back = map(np.asarray, found)
-  np.testing.assert_array_equal(one, other)
-  assert np.count_nonzero(other.any(-1)) == len(x)
-  for y in back:
-    np.testing.assert_array_equal(y, 2.0 * x)
+  one, other, *seen = map(np.asarray, found)
+  np.testing.assert_array_equal(one, 2.0 * x)
+  np.testing.assert_array_equal(other, 2.0 * x)
+  for a, b in zip(seen[::2], seen[1::2], strict=True):
+    np.testing.assert_array_equal(a, b)
+  assert sum(np.count_nonzero(a.any(-1)) for a in seen[::2]) == len(x)
 
 
 # --- Balance while learning -------------------------------------------------

@@ -1,147 +1,275 @@
-"""Rows travel to the devices that want them, and back.
+"""Rows travel to the devices that want them, are worked on, and come back.
 
 Each device has rows sorted by where they go, and how many go where is known
-only at run time. Room is made for the worst case, that all rows of all devices
-go to one, so nothing is ever lost. Accelerators send the rows alone, by
-`jax.lax.ragged_all_to_all`; XLA has none for CPUs, which send the room with
-them. Both leave the same rows in the same places.
+only at run time. A receiver has room for so many; more of them arrive in
+rounds, one after the other, of which there are as many as the fullest device
+needs. So nothing is ever lost, and memory does not depend on where rows go:
+the worst case, all rows of all devices on one, takes time instead.
+
+What is done with rows is done again for their gradients. Nothing of a round
+outlives it.
+
+Accelerators send the rows alone, by `jax.lax.ragged_all_to_all`; XLA has none
+for CPUs, which send room for all rows of a pair with them. Both leave the same
+rows in the same places.
 """
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 Array = jax.Array
+Tree = Any
+Work = Callable[[Tree, Tree, Array], Array]
+
+LEAST = 1024  # rows there is room for in any case
+
+
+def room(rows: int, ways: int, factor: float | None) -> int:
+  """Rows that a device has room for, where each has `rows` to send.
+
+  Args:
+    rows: as many arrive where all receive alike.
+    ways: how many devices there are.
+    factor: room by that fair share; None: for the worst case.
+  """
+  if factor is None:
+    return ways * rows
+  return min(ways * rows, max(LEAST, math.ceil(factor * rows)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def visit(
+  work: Work, axis: str, most: int, p: Tree, rows: Tree, sizes: Array
+) -> Array:
+  """What `work` makes of rows on the devices they go to, where they came from.
+
+  Args:
+    work: `(p, rows, sizes) -> rows`: maps rows sorted by group, `sizes`
+      [groups] of them, those of no group last. It may see each row at any
+      time, beside any others.
+    axis: the mesh axis of these devices; the caller is inside `shard_map`.
+    most: rows that a device has room for.
+    p: what the work takes besides.
+    rows: arrays `[rows, ...]`, sorted by receiver, and then by group there.
+    sizes: how many go to each group of each device, int32 `[ways, groups]`.
+
+  Returns:
+    `[rows, ...]`, in the order of `rows`.
+  """
+  route, n = plan(sizes, axis), len(jax.tree.leaves(rows)[0])
+  like = jax.eval_shape(work, p, _roomy(rows, most), sizes[0])
+
+  def one(state: tuple[Array, Array]) -> tuple[Array, Array]:
+    i, y = state
+    part = route.round(i, most)
+    made = work(p, arrived(rows, part, most), part.groups)
+    return i + 1, returned(made, part, y)
+
+  y = jnp.zeros((n, *like.shape[1:]), like.dtype)
+  return _rounds(route, most, one, y)
+
+
+def _forward(work, axis, most, p, rows, sizes) -> tuple[Array, tuple]:
+  return visit(work, axis, most, p, rows, sizes), (p, rows, sizes)
+
+
+def _backward(work, axis, most, saved: tuple, dy: Array) -> tuple:
+  p, rows, sizes = saved
+  route = plan(sizes, axis)
+
+  def one(state: tuple) -> tuple:
+    i, (dp, drows) = state
+    part = route.round(i, most)
+    here, dhere = arrived((rows, dy), part, most)
+    _, pull = jax.vjp(lambda p, rows: work(p, rows, part.groups), p, here)
+    more, back = pull(dhere)
+    dp = jax.tree.map(jnp.add, dp, more)
+    keep = functools.partial(returned, part=part)
+    return i + 1, (dp, jax.tree.map(lambda d, x: keep(d, onto=x), back, drows))
+
+  zeros = jax.tree.map(jnp.zeros_like, (p, rows))
+  return *_rounds(route, most, one, zeros), None
+
+
+visit.defvjp(_forward, _backward)
+
+
+def _rounds(route: "Plan", most: int, one: Callable, start: Tree) -> Tree:
+  """Goes on until all rows have been everywhere."""
+  fullest = jax.lax.pmax(jnp.sum(route.arriving), route.axis)
+  rounds = -(-fullest // most)
+  zero = jnp.int32(0)
+  return jax.lax.while_loop(lambda s: s[0] < rounds, one, (zero, start))[1]
+
+
+def _roomy(rows: Tree, most: int) -> Tree:
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct((most, *x.shape[1:]), x.dtype), rows
+  )
+
+
+# --- Who sends what ---------------------------------------------------------
 
 
 @struct.dataclass
 class Plan:
-  """Who sends how much to whom, as one device sees it; all int32 `[ways]`.
+  """Who sends how much to whom, as one device sees it; int32 `[ways]`.
 
   Attributes:
     sizes: how many rows go to each device.
-    starts: where in this device's rows those for each device start.
-    arriving: how many come from each device.
-    landing: where those lie among the sender's own rows.
+    starts: where those start among the rows here.
+    places: where they land in the room of each.
+    arriving: how many rows come from each device.
+    origins: where those start among its rows.
+    landing: where they land in the room here, one after the other.
+    theirs: how many of them are for each group here, `[ways, groups]`.
     axis: the mesh axis of these devices.
   """
 
   sizes: Array
   starts: Array
+  places: Array
   arriving: Array
+  origins: Array
   landing: Array
+  theirs: Array
   axis: str = struct.field(pytree_node=False)
 
   @property
-  def ways(self) -> int:
-    """How many devices there are."""
-    return self.sizes.shape[0]
+  def groups(self) -> Array:
+    """How many rows each group here gets."""
+    return jnp.sum(self.theirs, axis=0)
+
+  def round(self, i: Array, most: int) -> "Plan":
+    """Of the i-th `most` rows that arrive on each device."""
+    first = i * most
+
+    def cut(places: Array, sizes: Array) -> tuple[Array, Array]:
+      begin = jnp.clip(first - places, 0, sizes)
+      return begin, jnp.clip(first + most - places, 0, sizes) - begin
+
+    skipped, sizes = cut(self.places, self.sizes)
+    missed, arriving = cut(self.landing, self.arriving)
+    before = jnp.cumsum(self.theirs, axis=1) - self.theirs
+    _, theirs = cut(self.landing[:, None] + before, self.theirs)
+    return self.replace(
+      sizes=sizes,
+      starts=self.starts + skipped,
+      places=jnp.clip(self.places - first, 0, most),
+      arriving=arriving,
+      origins=self.origins + missed,
+      landing=jnp.clip(self.landing - first, 0, most),
+      theirs=theirs,
+    )
 
 
 def plan(sizes: Array, axis: str) -> Plan:
-  """What `sizes` rows to each device mean for all of them; one small exchange.
+  """What `sizes` rows to each group of each device mean for all of them.
+
+  Three exchanges of a few numbers.
 
   Args:
-    sizes: int32 `[ways]`.
+    sizes: int32 `[ways, groups]`.
     axis: the mesh axis; the caller is inside `shard_map`.
   """
-  starts = jnp.cumsum(sizes) - sizes
-  both = jax.lax.all_to_all(jnp.stack([sizes, starts], 1), axis, 0, 0)
-  return Plan(sizes, starts, both[:, 0], both[:, 1], axis)
+  exchange = functools.partial(
+    jax.lax.all_to_all, axis_name=axis, split_axis=0, concat_axis=0, tiled=True
+  )
+  out = jnp.sum(sizes, axis=1)
+  starts = jnp.cumsum(out) - out
+  theirs, origins = exchange(sizes), exchange(starts)
+  arriving = jnp.sum(theirs, axis=1)
+  landing = jnp.cumsum(arriving) - arriving
+  places = exchange(landing)
+  return Plan(out, starts, places, arriving, origins, landing, theirs, axis)
 
 
-@jax.custom_vjp
-def there(x: Array, plan: Plan) -> Array:
-  """Sends rows to where they go.
+# --- There and back ---------------------------------------------------------
 
-  Args:
-    x: `[rows, dim]`, as many rows on each device, sorted by receiver.
-    plan: of these rows.
 
-  Returns:
-    `[ways * rows, dim]`: a part of `rows` for each sender, whose first
-    `plan.arriving` rows have arrived; the others are zero.
+def arrived(rows: Tree, part: Plan, most: int) -> Tree:
+  """The rows of a round where they go, `[most, ...]`, sorted by group.
+
+  Rows that are empty come last; they are zero.
   """
+  order = _by_group(part, most)
+  send = functools.partial(_sent, part=part, most=most)
+  return jax.tree.map(lambda x: send(x)[order], rows)
+
+
+def returned(y: Array, part: Plan, onto: Array) -> Array:
+  """Rows `[most, ...]` of a round back home, written `onto` `[rows, ...]`."""
+  y = y[jnp.argsort(_by_group(part, len(y)))]
   return jax.lax.platform_dependent(
-    x, plan, cpu=_there_padded, default=_there_ragged
+    y, onto, part, cpu=_back_padded, default=_back_ragged
   )
 
 
-@jax.custom_vjp
-def back(y: Array, plan: Plan) -> Array:
-  """Sends what became of the rows back: the inverse, and transpose, of `there`.
-
-  Args:
-    y: `[ways * rows, dim]`; rows that have not arrived are not read.
-    plan: as it was on the way there.
-
-  Returns:
-    `[rows, dim]`, in the order of the senders' rows.
-  """
+def _sent(x: Array, part: Plan, most: int) -> Array:
+  onto = jnp.zeros((most, *x.shape[1:]), x.dtype)
   return jax.lax.platform_dependent(
-    y, plan, cpu=_back_padded, default=_back_ragged
+    x, onto, part, cpu=_there_padded, default=_there_ragged
   )
 
 
-there.defvjp(
-  lambda x, plan: (there(x, plan), plan),
-  lambda plan, dy: (back(dy, plan), None),
-)
-back.defvjp(
-  lambda y, plan: (back(y, plan), plan),
-  lambda plan, dx: (there(dx, plan), None),
-)
+def _by_group(part: Plan, most: int) -> Array:
+  """Sorts by group what came sorted by sender and then by group, `[most]`."""
+  ends = jnp.cumsum(part.theirs.reshape(-1))
+  place = jnp.arange(most, dtype=ends.dtype)
+  found = jnp.searchsorted(ends, place, side="right")
+  n = part.theirs.shape[1]
+  return jnp.argsort(jnp.where(place < ends[-1], found % n, n), stable=True)
 
 
-# --- By the primitive -------------------------------------------------------
-
-
-def _there_ragged(x: Array, plan: Plan) -> Array:
-  rows = x.shape[0]
-  mine = jax.lax.axis_index(plan.axis).astype(jnp.int32) * rows
+def _there_ragged(x: Array, onto: Array, part: Plan) -> Array:
   return jax.lax.ragged_all_to_all(
     x,
-    jnp.zeros((plan.ways * rows, *x.shape[1:]), x.dtype),
-    plan.starts,
-    plan.sizes,
-    jnp.broadcast_to(mine, plan.sizes.shape),
-    plan.arriving,
-    axis_name=plan.axis,
+    onto,
+    part.starts,
+    part.sizes,
+    part.places,
+    part.arriving,
+    axis_name=part.axis,
   )
 
 
-def _back_ragged(y: Array, plan: Plan) -> Array:
-  rows = y.shape[0] // plan.ways
+def _back_ragged(y: Array, onto: Array, part: Plan) -> Array:
   return jax.lax.ragged_all_to_all(
     y,
-    jnp.zeros((rows, *y.shape[1:]), y.dtype),
-    jnp.arange(plan.ways, dtype=jnp.int32) * rows,
-    plan.arriving,
-    plan.landing,
-    plan.sizes,
-    axis_name=plan.axis,
+    onto,
+    part.landing,
+    part.arriving,
+    part.origins,
+    part.sizes,
+    axis_name=part.axis,
   )
 
 
-# --- With the room ----------------------------------------------------------
+# With the room: a table of as many rows for each pair as one can have.
 
 
-def _slots(rows: int, plan: Plan) -> Array:
-  """Where each row is in a table of `rows` for each receiver."""
-  i = jnp.arange(rows, dtype=jnp.int32)
-  ends = plan.starts + plan.sizes
-  to = jnp.searchsorted(ends, i, side="right").astype(jnp.int32)
-  return to * rows + i - plan.starts[to]
+def _there_padded(x: Array, onto: Array, part: Plan) -> Array:
+  there = part.landing, part.arriving
+  return _padded(x, part.starts, onto, *there, part.axis)
 
 
-def _there_padded(x: Array, plan: Plan) -> Array:
-  rows = x.shape[0]
-  table = jnp.zeros((plan.ways * rows, *x.shape[1:]), x.dtype)
-  table = table.at[_slots(rows, plan)].set(x)
-  return jax.lax.all_to_all(table, plan.axis, 0, 0, tiled=True)
+def _back_padded(y: Array, onto: Array, part: Plan) -> Array:
+  there = part.starts, part.sizes
+  return _padded(y, part.landing, onto, *there, part.axis)
 
 
-def _back_padded(y: Array, plan: Plan) -> Array:
-  rows = y.shape[0] // plan.ways
-  table = jax.lax.all_to_all(y, plan.axis, 0, 0, tiled=True)
-  return table[_slots(rows, plan)]
+def _padded(
+  x: Array, starts: Array, onto: Array, places: Array, counts: Array, axis: str
+) -> Array:
+  """Sends rows from `starts`; `counts` come to `places` of `onto`."""
+  i = jnp.arange(min(len(x), len(onto)), dtype=jnp.int32)[None]
+  table = x.at[starts[:, None] + i].get(mode="clip")
+  table = jax.lax.all_to_all(table, axis, 0, 0)
+  to = jnp.where(i < counts[:, None], places[:, None] + i, len(onto))
+  return onto.at[to].set(table, mode="drop")

@@ -8,7 +8,6 @@ numbers, except that a full buffer drops tokens. Where experts are split over
 devices, each dispatch has its own way to bring tokens there and back.
 """
 
-import functools
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -153,9 +152,15 @@ class Ragged:
   """Tokens sorted by expert, each group times its matrix; nothing is dropped.
 
   See `jaxlm.layers.kernels.grouped` (and MegaBlocks, arXiv:2211.15841). Where
-  experts are split over devices, each token's row travels to its experts
-  (`jaxlm.layers.exchange`); there is room for all rows to meet on one device.
+  experts are split over devices, each token's row travels to its experts, is
+  weighted there, and travels back (`jaxlm.layers.exchange`).
+
+  Attributes:
+    room: rows that a device has room for, by its fair share; where it gets
+      more, they come in rounds. None: for all rows of all devices.
   """
+
+  room: float | None = 1.5
 
   def __call__(
     self,
@@ -168,20 +173,23 @@ class Ragged:
     across: str | None = None,
   ) -> tuple[Array, Report]:
     """As of `Dense`."""
+    ways = _ways(across)
     n = jax.tree.leaves(p)[0].shape[0]
-    route, sizes = _by_expert(route, n * _ways(across))
+    route, sizes = _by_expert(route, n * ways)
     h = _inputs(x, route, weigh_input)
     if across is None:
       y = _in_groups(expert, p, h, sizes, compute)
-    else:
-      sizes = sizes.reshape(-1, n)
-      plan = exchange.plan(sizes.sum(1), across)
-      theirs = jax.lax.all_to_all(sizes, across, 0, 0, tiled=True)
-      order = _sorted_again(theirs, len(h))
-      h = exchange.there(h, plan)[order]
-      y = _in_groups(expert, p, h, theirs.sum(0), compute)
-      y = exchange.back(y[jnp.argsort(order)], plan)
-    return _combine(y, x, route, weigh_input), {}
+      return _combine(y, x, route, weigh_input), {}
+
+    def work(p: Tree, rows: tuple[Array, ...], sizes: Array) -> Array:
+      h, *weights = rows
+      y = _in_groups(expert, p, h, sizes, compute)
+      return _weighted(y, *weights).astype(h.dtype) if weights else y
+
+    most = exchange.room(len(h), ways, self.room)
+    rows = (h,) if weigh_input else (h, route.weights)
+    y = exchange.visit(work, across, most, p, rows, sizes.reshape(ways, n))
+    return _combine(y, x, route, weighed=True), {}
 
 
 def _in_groups(
@@ -195,22 +203,6 @@ def _in_groups(
   }
   y, _ = replace(expert, bias=False)(grouped, h[None], compute)
   return y[0]
-
-
-def _sorted_again(sizes: Array, rows: int) -> Array:
-  """Sorts by expert what came sorted by sender and then by expert.
-
-  Args:
-    sizes: how many rows for each expert here each device sent, `[ways, n]`.
-    rows: how many there is room for from each device.
-
-  Returns:
-    The order, `[ways * rows]`; rows that are empty come last.
-  """
-  ends = jnp.cumsum(sizes, axis=1)
-  place = jnp.arange(rows, dtype=ends.dtype)
-  search = functools.partial(jnp.searchsorted, v=place, side="right")
-  return jnp.argsort(jax.vmap(search)(ends).reshape(-1), stable=True)
 
 
 Dispatch = Dense | Capacity | Ragged
@@ -239,10 +231,10 @@ def _inputs(x: Array, route: Route, weigh_input: bool) -> Array:
   return _weighted(h, route.weights) if weigh_input else h
 
 
-def _combine(y: Array, x: Array, route: Route, weigh_input: bool) -> Array:
+def _combine(y: Array, x: Array, route: Route, weighed: bool) -> Array:
   """What experts say, summed by token: `[n, dim]` to `[tokens, dim]`."""
   y = y.astype(jnp.float32)
-  if not weigh_input:
+  if not weighed:
     y = y * route.weights[:, None]
   return jnp.zeros(x.shape, jnp.float32).at[route.tokens].add(y)
 
@@ -279,6 +271,12 @@ class MoE:
     self.router.check(self.experts, self.top_k)
     if self.expert.hidden_norm is not None:
       raise UserError("an expert cannot have a norm inside: use none")
+    room = getattr(self.dispatch, "room", None)
+    if room is not None and room <= 0:
+      raise UserError(
+        f"a dispatch with room={room} can take no row: use one above 0, for "
+        "example 1.5, or None for the worst case"
+      )
     if isinstance(self.dispatch, Capacity) and self.dispatch.factor <= 0:
       raise UserError(
         f"a capacity factor of {self.dispatch.factor} leaves experts no room: "
