@@ -101,7 +101,48 @@ def test_how_long_messages_take():
   assert net.seconds(Message("all-gather", (), 1600)) == 0
 
 
+def test_how_long_rows_take_to_everyone():
+  """All-to-all: a node's share by fast links, the rest by a chip's adapter.
+
+  On a torus half of each half crosses the middle, over the two links of a ring.
+  """
+  places = np.stack(np.unravel_index(np.arange(16), (2, 8)), -1)
+  net = Network(CHIPS["h100"], ("expert",), (16,), places)
+  spread = Message("all-to-all", ("expert",), 1600)
+  assert math.isclose(net.seconds(spread), 800 / 50e9)
+  net = Network(CHIPS["h100"], ("expert",), (8,), places[:8])
+  assert math.isclose(net.seconds(spread), 1400 / 450e9)
+  ring = np.stack([np.arange(16), np.zeros(16, int)], -1)
+  net = Network(CHIPS["v5e"], ("expert",), (16,), ring)
+  assert math.isclose(net.seconds(spread), 4 * 1600 / 100e9)
+
+
 # --- Compiled programs ------------------------------------------------------
+
+RAGGED = """\
+ENTRY %main (x: bf16[8,4], y: f32[8]) -> bf16[12,4] {
+  %x = bf16[8,4]{1,0} parameter(0)
+  %y = f32[8]{0} parameter(1)
+  %room = bf16[12,4]{1,0} broadcast(%zero), dimensions={}
+  %less = f32[12]{0} broadcast(%zero), dimensions={}
+  %a = ((bf16[8,4]{1,0}, bf16[12,4]{1,0}), bf16[12,4]{1,0}) \
+ragged-all-to-all-start(%x, %room), channel_id=1, replica_groups=[16,2]<=[32]
+  %b = ((f32[8]{0}, f32[12]{0}), f32[12]{0}) \
+ragged-all-to-all-start(%y, %less), channel_id=1, replica_groups=[16,2]<=[32]
+  ROOT %c = bf16[12,4]{1,0} ragged-all-to-all-done(%a)
+}
+"""
+
+
+def test_rows_travel_and_not_the_room_for_them():
+  """Each exchange of rows counts, though all of them share a channel."""
+  found = hlo.read(RAGGED, torus()).messages
+  sizes = {(m.kind, m.axes, m.bytes) for m in found}
+  assert sizes == {
+    ("all-to-all", ("tensor",), 8 * 4 * 2),
+    ("all-to-all", ("tensor",), 8 * 4),
+  }
+
 
 PLANTED = """\
 HloModule jit_call, is_scheduled=true

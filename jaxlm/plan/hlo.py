@@ -242,6 +242,8 @@ def messages(
       if kind not in KINDS or not times.get(name):
         continue
       channel = re.search(r"channel_id=(\d+)", one.rest)
+      if one.opcode.startswith("ragged-"):  # all of a program's share one
+        channel = None
       key = (kind, channel[1]) if channel else (name, one.name)
       axes = _axes(one, network)
       if not axes:
@@ -265,6 +267,10 @@ def _sent(one: Instruction, kind: str, body: dict[str, Instruction]) -> float:
   whole = size(one.shape)
   if one.opcode == "collective-permute-start":
     return whole / 2
+  if one.opcode.startswith("ragged-"):  # the rows; the larger is their room
+    sides = [n for n, _ in shapes(one.shape)]
+    given = sum(size(body[o].shape) for o in one.operands[:1] if o in body)
+    return min(given or whole, sides[-1])
   return whole
 
 

@@ -3,7 +3,9 @@
 A collective over n chips that leaves b bytes on each (all-gather) or takes b
 bytes from each (reduce-scatter) passes b (n - 1) / n over a chip's links, an
 all-reduce twice that, since it is one after the other (Patarasuk and Yuan,
-2009). The rate depends on which links the mesh axis lies along: `rate`.
+2009). The rate depends on which links the mesh axis lies along: `rate`. An
+all-to-all has no such detour to share, and every part of it goes all the way:
+`Network.spread`.
 """
 
 import itertools
@@ -76,27 +78,45 @@ class Network:
     links where the group is within a node; else a node's adapters, as many as
     the group has chips in it.
     """
-    group = self._group(tuple(axes))
-    spans = group.max(0) - group.min(0) + 1
-    chip = self.chip
+    group, chip = self._group(tuple(axes)), self.chip
     if chip.torus:
-      each = chip.links / chip.torus
-      closed = [n > 2 and n % chip.around == 0 for n in spans]
-      rates = [
-        each if ring else each / 2
-        for n, ring in zip(spans, closed, strict=True)
-        if n > 1
-      ]
-      return sum(rates) or each / 2
+      rates = [rate for _, rate in self._dimensions(group)]
+      return sum(rates) or chip.links / chip.torus / 2
     nodes = len(set(group[:, 0].tolist()))
     if nodes == 1:
       return chip.links
     return min(chip.links, chip.network * len(group) / nodes)
 
+  def spread(self, axes: Sequence[str]) -> float:
+    """Seconds for each byte of a chip that goes to all others in equal parts.
+
+    In a torus, of each half of a dimension's chips a half crosses its middle.
+    Among GPUs, what is for another node takes the chip's own adapter.
+    """
+    group, chip = self._group(tuple(axes)), self.chip
+    if chip.torus:
+      middles = [n / 4 / rate for n, rate in self._dimensions(group)]
+      return max(middles, default=0.0)
+    n, nodes = len(group), len(set(group[:, 0].tolist()))
+    beside, beyond = n / nodes - 1, n - n / nodes
+    return max(beside / n / chip.links, beyond / n / chip.network)
+
   def seconds(self, message: Message) -> float:
     """How long it takes, all its times, with nothing else under way."""
     n = self.n(message.axes)
-    return message.sent(n) / self.rate(message.axes) if n > 1 else 0.0
+    if n == 1:
+      return 0.0
+    if message.kind == "all-to-all":
+      return message.times * message.bytes * self.spread(message.axes)
+    return message.sent(n) / self.rate(message.axes)
+
+  def _dimensions(self, group: np.ndarray) -> list[tuple[int, float]]:
+    """A torus' dimensions that a group spans: (chips, bytes a second)."""
+    spans = (group.max(0) - group.min(0) + 1).tolist()
+    each = self.chip.links / self.chip.torus
+    closed = (n > 2 and n % self.chip.around == 0 for n in spans)
+    rates = (each if ring else each / 2 for ring in closed)
+    return [(n, r) for n, r in zip(spans, rates, strict=True) if n > 1]
 
   def _group(self, axes: tuple[str, ...]) -> np.ndarray:
     """Where the chips stand that talk to the first one, `[n, dims]`."""

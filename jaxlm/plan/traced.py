@@ -249,12 +249,16 @@ class _Reader:
     return max(0, peak - made), live
 
   def _cond(self, eqn: Any, times: int, scope: str) -> tuple[int, list[Live]]:
-    """The branch with the most work."""
+    """The branch with the most work; of equal ones, where the least travels.
+
+    Branches may be forms for other platforms: CPUs send more (`exchange`).
+    """
     best, before = None, self._found
     for branch in eqn.params["branches"]:
       self._found = Reading()
       result = self._walk(branch.jaxpr, times, {}, scope)
       work = sum(self._found.flops.values())
+      work = work, -sum(m.bytes * m.times for m in self._found.messages)
       if best is None or work > best[0]:
         best = work, self._found, result
     self._found = before
@@ -303,6 +307,8 @@ class _Reader:
     mesh = eqn.outvars[0].aval.sharding.mesh.shape
     axes = tuple(a for a in axes if mesh.get(a, 1) > 1)
     side = eqn.invars if kind == "reduce-scatter" else eqn.outvars
+    if eqn.primitive.name == "ragged_all_to_all":  # less than there is room for
+      side = [min(eqn.invars[0], *eqn.outvars, key=self._size)]
     for v in side:
       self._send(kind, axes, n_bytes(v.aval), times)
 
