@@ -136,4 +136,10 @@ def _draw_curve(axes: Any, curve: Report) -> None:
     ylim=(0, 1.03),
   )
   other.set_ylabel("reward", color="C3")
-  axes.legend(handles=lines, loc="upper center", ncols=3, fontsize="small")
+  axes.legend(  # below: curves may pass anywhere
+    handles=lines,
+    loc="upper center",
+    bbox_to_anchor=(0.5, -0.14),
+    ncols=3,
+    fontsize="small",
+  )
