@@ -20,7 +20,7 @@ from jaxlm.generate.prompts import pad_left
 from jaxlm.models.families import gpt2
 from jaxlm.models.heads import ScalarHead
 from jaxlm.models.reward import RewardModel
-from jaxlm.rl import begin, grpo, ppo
+from jaxlm.rl import begin, grpo, place, ppo
 from jaxlm.rl.rewards import Learned
 from jaxlm.rl.rollout import Actor, Draw, sample, scored
 from jaxlm.tasks import examples, make
@@ -186,15 +186,19 @@ def records(workdir: Path) -> list[dict]:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def reward_for_digits():
-  """A reward that varies though the model knows nothing."""
+def simple():
+  """A reward that varies though the model knows nothing, and one device."""
 
   def digits(examples, texts):
     return [text.count("7") + 0.1 * len(text) for text in texts]
 
-  real, begin.reward_of = begin.reward_of, lambda options: digits
-  yield
-  begin.reward_of = real
+  def alone(config):
+    return recipe.mesh(config, jax.devices()[:1])
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(begin, "reward_of", lambda options, compute: digits)
+    patch.setattr(place, "mesh", alone)
+    yield
 
 
 @pytest.fixture(scope="module", params=[grpo, ppo], ids=["grpo", "ppo"])
@@ -273,7 +277,7 @@ def test_a_guard_stops_and_keeps_what_was_before(base, tmp_path):
     (("grpo.tokens=12",), "leaves no room for a prompt"),
     (("grpo.tokens=8",), "no prompt fits"),
     (("grpo.clip=0.1",), "grpo takes no config.grpo.clip; did you mean"),
-    (("batch_size=7",), "does not divide into batches"),
+    (("batch_size=6",), "does not divide into batches"),
   ],
 )
 def test_wrong_input_is_one_sentence(base, tmp_path, keys, said):

@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 
-from jaxlm import files, values, workdir
+from jaxlm import files, recipe, values, workdir
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
@@ -23,13 +24,14 @@ from jaxlm.layers.compute import Compute
 from jaxlm.metrics import Log
 from jaxlm.models.decoder import Decoder
 from jaxlm.optim import Schedule, make_schedule
-from jaxlm.rl import guards, questions
+from jaxlm.parallel.rules import Rules
+from jaxlm.rl import guards, place, questions
 from jaxlm.rl.advantages import Running, seen
 from jaxlm.rl.options import Options
 from jaxlm.rl.questions import Questions
 from jaxlm.rl.rewards import Learned, Reward, Verifier
 from jaxlm.rl.rollout import Actor, Draw, scored
-from jaxlm.state import TrainState, create
+from jaxlm.state import TrainState, create, make_step
 from jaxlm.tasks import examples
 
 Array = jax.Array
@@ -57,10 +59,13 @@ class Base:
 def begin(config: FrozenConfigDict, path: Path) -> Base:
   """Loads what is to be trained; the run at `path` keeps it as `reference`.
 
+  Its arrays lie on the mesh in force, as `parallel` says.
+
   Raises:
     UserError: if there is nothing to load, or it cannot act.
   """
   kept = path / "reference"
+  where = jax.sharding.get_mesh(), recipe.rules(config)
   if not (kept / "model.json").exists():
     origin = config.model.get("path")
     if origin is None:
@@ -68,15 +73,25 @@ def begin(config: FrozenConfigDict, path: Path) -> Base:
         "config.model.path names the model to begin with, for example that of "
         "python -m jaxlm.train --config=configs/sft.py"
       )
-    model, params, tokenizer = load_all(Path(str(origin)).expanduser())
+    found = load_all(Path(str(origin)).expanduser(), "float32", *where)
+    model, params, tokenizer = found
     if not isinstance(model, Decoder) or tokenizer is None:
       raise UserError(f"{origin} is no decoder with a tokenizer beside it")
     questions.end_of(tokenizer)
     workdir.save(kept, model, params, tokenizer)
     files.replace(path / "model.json", values.to_json(model))
     tokenizer.save(path)
-  model, params, tokenizer = load_all(kept)
+  model, params, tokenizer = load_all(kept, "float32", *where)
   return Base(model, params, tokenizer, questions.end_of(tokenizer))
+
+
+def told(config: FrozenConfigDict, base: Base, mesh: Mesh) -> str:
+  """The line about the model and where it is."""
+  device = mesh.devices.flat[0].device_kind
+  return (
+    f"model    {base.model.n_params():,} parameters, {config.precision} on "
+    f"{mesh.size} x {device}"
+  )
 
 
 def ask(
@@ -107,11 +122,14 @@ def ask(
   return found[0], found[1]
 
 
-def reward_of(options: Options) -> Reward:
-  """The scorer of the task, or the reward model in a workdir."""
+def reward_of(options: Options, compute: Compute) -> Reward:
+  """The scorer of the task, or the reward model in a workdir.
+
+  Every device has the whole of a reward model, and reads its share of rows.
+  """
   if options.reward == "verifier":
     return Verifier(options.made())
-  return Learned.load(options.reward)
+  return Learned.load(options.reward, compute.rules)
 
 
 def schedule(config: FrozenConfigDict, updates: int) -> Schedule:
@@ -165,14 +183,22 @@ class Memory:
 
 
 def fresh(
-  actor: Actor, params: Tree, tx: Any, config: FrozenConfigDict
+  actor: Actor,
+  params: Tree,
+  tx: Any,
+  config: FrozenConfigDict,
+  rules: Rules | None = None,
 ) -> TrainState:
   """The state of step 0: the policy is the reference, the critic is new.
 
   A critic of its own begins as a copy of the policy, whose layers know the
-  language already; its head begins with zeros.
+  language already; its head begins with zeros. On a mesh all of it is made
+  where `rules` say.
   """
-  tree = actor.params()
+  tree, table = actor.params(), Rules() if rules is None else rules
+  here = jax.sharding.get_abstract_mesh()
+  if not here.empty:
+    param.check_mesh(tree, here, table)
 
   @jax.jit
   def make(params: Tree) -> TrainState:
@@ -184,9 +210,35 @@ def fresh(
     if actor.value is not None:
       head = {"value": tree["value"]}
       params = params | param.init(head, jax.random.key(config.seed))
-    return create(params, tx, config.ema > 0)
+    params = param.move(params, tree, table.stored_spec)
+    state = create(params, tx, config.ema > 0)
+    if state.ema is None:
+      return state
+    return state.replace(ema=param.move(state.ema, tree, table.state_spec))
 
   return make(params)
+
+
+def updates(
+  config: FrozenConfigDict,
+  actor: Actor,
+  loss_fn: Callable,
+  tx: Any,
+  steps: int,
+  jit: bool = True,
+) -> Callable:
+  """`steps` updates of an actor, compiled as one; as `recipe.step`."""
+  tree, table = actor.params(), recipe.rules(config)
+  return make_step(
+    loss_fn,
+    tx,
+    seed=config.seed,
+    accumulate=config.accumulate,
+    steps=steps,
+    ema_decay=config.ema,
+    sums=lambda grads: param.move(grads, tree, table.gradient_spec),
+    jit=jit,
+  )
 
 
 def checkpoints(config: FrozenConfigDict, path: Path) -> Checkpoints:
@@ -209,8 +261,10 @@ def log(config: FrozenConfigDict, path: Path, step: int) -> Log:
 def restored(
   checkpoints: Checkpoints, state: TrainState
 ) -> tuple[TrainState, Memory]:
-  """State and memory of the newest good checkpoint."""
-  like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+  """State and memory of the newest good checkpoint, where `state` lies."""
+  like = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+  )
   found = checkpoints.restore(like)
   data = found.data | {"running": tuple(found.data["running"])}
   return found.state, Memory(**data)
@@ -241,14 +295,14 @@ def check(
     size, n = config.batch_size, config.accumulate
 
     @jax.jit
-    def of(part: Tree) -> tuple[Array, Array]:
+    def judge(params: Tree, part: Tree) -> tuple[Array, Array]:
       loss, told = loss_fn(params, part, None)
       return loss, told["weight"]
 
-    whole = jax.tree.map(lambda x: x[:size], batch)
-    parts = [
-      of(jax.tree.map(lambda x, i=i: x[i : i + size // n], whole))
-      for i in range(0, size, size // n)
-    ]
-    numbers = [(float(x), float(w)) for x, w in parts]
-    guards.check_accumulation(float(of(whole)[0]), numbers)
+    def of(start: int, rows: int) -> tuple[float, float]:
+      part = jax.tree.map(lambda x: np.asarray(x)[start : start + rows], batch)
+      loss, weight = judge(params, place.rows(part, compute.rules))
+      return float(loss), float(weight)
+
+    parts = [of(i, size // n) for i in range(0, size, size // n)]
+    guards.check_accumulation(of(0, size)[0], parts)

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 
 from jaxlm.layers.compute import Compute
-from jaxlm.rl import losses, questions, rewards
+from jaxlm.parallel.rules import Rules
+from jaxlm.rl import losses, place, questions, rewards
 from jaxlm.rl.begin import Base
 from jaxlm.rl.options import Options
 from jaxlm.rl.questions import Questions
@@ -44,13 +45,18 @@ def respond(
     when: seed, step and round, from which all randomness follows.
   """
   keys = _keys(*map(np.int32, when), len(asked) * draw.samples)
-  rollout = sample(
-    base.model, draw, params, asked.tokens, asked.lengths, keys, compute
-  )
+  given = place.rows((asked.tokens, asked.lengths, keys), compute.rules)
+  rollout = sample(base.model, draw, params, *given, compute)
   return rollout, questions.texts(rollout, base.tokenizer, base.eos)
 
 
-def cut(tree: Tree, order: np.ndarray, updates: int, accumulate: int) -> Tree:
+def cut(
+  tree: Tree,
+  order: np.ndarray,
+  updates: int,
+  accumulate: int,
+  rules: Rules | None = None,
+) -> Tree:
   """Rows in a new order, as a step takes them: `[updates, parts, rows, ...]`.
 
   Args:
@@ -58,13 +64,14 @@ def cut(tree: Tree, order: np.ndarray, updates: int, accumulate: int) -> Tree:
     order: a permutation of the rows.
     updates: how many batches they make.
     accumulate: parts of each.
+    rules: along which axes a mesh cuts a batch.
   """
 
   def one(x: Array) -> np.ndarray:
     x = np.asarray(x)[order]
     return x.reshape(updates, accumulate, -1, *x.shape[1:])
 
-  return jax.tree.map(one, tree)
+  return place.parts(jax.tree.map(one, tree), rules)
 
 
 def order(rows: int, seed: int, step: int, epoch: int) -> np.ndarray:

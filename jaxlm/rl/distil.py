@@ -32,10 +32,10 @@ from jaxlm.layers.compute import Compute
 from jaxlm.losses import weighted_mean
 from jaxlm.models.decoder import Decoder, hidden, logits
 from jaxlm.objectives.distil import Divergence, check
-from jaxlm.rl import begin, collect, look
+from jaxlm.rl import begin, collect, look, place
 from jaxlm.rl.options import Options
 from jaxlm.rl.rollout import Actor, Rollout, windows
-from jaxlm.state import TrainState, make_step
+from jaxlm.state import TrainState
 from jaxlm.workdir import claim
 
 Array = jax.Array
@@ -101,32 +101,30 @@ def _train(
   enter: Callable[[Any], Any],
 ) -> TrainState:
   """The run itself; what it enters is left again, whatever happens."""
-  # --- Models, questions ------------------------------------------------------
+  # --- Mesh, models, questions ------------------------------------------------
+  mesh = place.mesh(config)
+  enter(jax.set_mesh(mesh))
   base, compute = begin.begin(config, workdir), recipe.compute(config)
-  teacher, wisdom = load(Path(o.teacher).expanduser())
+  where = Path(o.teacher).expanduser()
+  teacher, wisdom = load(where, "float32", mesh, compute.rules)
   check(teacher, base.model)
   train_on, held_out = begin.ask(config, o, base)
   draw, actor = o.draw(base.eos), Actor(base.model)
-  print(f"model    {base.model.n_params():,} parameters, {config.precision}")
+  print(begin.told(config, base, mesh))
   print(f"teacher  {o.teacher}, {teacher.n_params():,} parameters")
 
   # --- Optimizer, state, step -------------------------------------------------
   updates = o.updates(config.batch_size)
   schedule = begin.schedule(config, updates)
   tx = recipe.optimizer(config, actor.params(), schedule)
-  state, memory = begin.fresh(actor, base.params, tx, config), begin.Memory()
+  state = begin.fresh(actor, base.params, tx, config, compute.rules)
+  memory = begin.Memory()
   checkpoints = enter(begin.checkpoints(config, workdir))
   if checkpoints.latest() is not None:
     state, memory = begin.restored(checkpoints, state)
     print(f"continue at step {memory.step} of {workdir}")
-  update = make_step(
-    objective(base.model, teacher, o.kind, compute),
-    tx,
-    seed=config.seed,
-    accumulate=config.accumulate,
-    steps=updates,
-    ema_decay=config.ema,
-  )
+  loss_fn = objective(base.model, teacher, o.kind, compute)
+  update = begin.updates(config, actor, loss_fn, tx, updates)
 
   # --- Loop -------------------------------------------------------------------
   log = enter(begin.log(config, workdir, memory.step))
@@ -148,7 +146,7 @@ def _train(
     when = (config.seed, step, 0)
     r, _ = collect.respond(base, draw, state.params, asked, compute, *when)
     order = collect.order(o.rows, config.seed, step, 0)
-    parts = collect.cut(r, order, updates, config.accumulate)
+    parts = collect.cut(r, order, updates, config.accumulate, compute.rules)
     state, result = update(state, parts, wisdom)
     now = {k: float(np.mean(v)) for k, v in result.items()}
     if not np.isfinite(now["loss"]):

@@ -28,12 +28,12 @@ from jaxlm import program, recipe, speed
 from jaxlm.config import call
 from jaxlm.interrupt import Interrupt
 from jaxlm.layers.compute import Compute
-from jaxlm.rl import advantages, begin, collect, guards, look, losses
+from jaxlm.rl import advantages, begin, collect, guards, look, losses, place
 from jaxlm.rl.advantages import Running
 from jaxlm.rl.collect import Collected
 from jaxlm.rl.options import GRPO
 from jaxlm.rl.rollout import Actor, Rollout, logprobs, scored
-from jaxlm.state import TrainState, make_step
+from jaxlm.state import TrainState
 from jaxlm.workdir import claim
 
 Array = jax.Array
@@ -73,18 +73,21 @@ def _train(
   enter: Callable[[Any], Any],
 ) -> TrainState:
   """The run itself; what it enters is left again, whatever happens."""
-  # --- Model, questions, reward -----------------------------------------------
+  # --- Mesh, model, questions, reward -----------------------------------------
+  mesh = place.mesh(config)
+  enter(jax.set_mesh(mesh))
   base = begin.begin(config, workdir)
   compute, actor = recipe.compute(config), Actor(base.model)
   train_on, held_out = begin.ask(config, o, base)
-  reward, draw = begin.reward_of(o), o.draw(base.eos)
-  print(f"model    {base.model.n_params():,} parameters, {config.precision}")
+  reward, draw = begin.reward_of(o, compute), o.draw(base.eos)
+  print(begin.told(config, base, mesh))
 
   # --- Optimizer and state ----------------------------------------------------
   updates = o.updates(config.batch_size)
   schedule = begin.schedule(config, updates * o.epochs)
   tx = recipe.optimizer(config, actor.params(), schedule)
-  state, memory = begin.fresh(actor, base.params, tx, config), begin.Memory()
+  state = begin.fresh(actor, base.params, tx, config, compute.rules)
+  memory = begin.Memory()
   checkpoints = enter(begin.checkpoints(config, workdir))
   if checkpoints.latest() is not None:
     state, memory = begin.restored(checkpoints, state)
@@ -92,14 +95,7 @@ def _train(
 
   # --- Step -------------------------------------------------------------------
   loss_fn = objective(actor, o, compute)
-  update = make_step(
-    loss_fn,
-    tx,
-    seed=config.seed,
-    accumulate=config.accumulate,
-    steps=updates,
-    ema_decay=config.ema,
-  )
+  update = begin.updates(config, actor, loss_fn, tx, updates)
 
   def responses(step: int, params: Tree) -> Collected:
     """Answers to the questions of a step, judged; again where all agree."""
@@ -120,7 +116,9 @@ def _train(
     gap = 0.0
     for epoch in range(o.epochs):
       order = collect.order(o.rows, config.seed, step, epoch)
-      parts = collect.cut(batch, order, updates, config.accumulate)
+      parts = collect.cut(
+        batch, order, updates, config.accumulate, compute.rules
+      )
       state, result = update(state, parts)
       found = {k: np.asarray(v, np.float64) for k, v in result.items()}
       gap = gap if epoch else found["gap"][0]

@@ -43,7 +43,7 @@ def look(
     `best_of_4`, the mean of the best of each question; `kl` to the reference in
     nats a response; `length`, and the share that `ended`.
   """
-  draw = Draw(options.tokens, LOOKS, base.eos)
+  draw = Draw(options.tokens, LOOKS, base.eos, gathered=options.gathered)
   rollout, texts = respond(base, draw, params, held_out, compute, 0, 0, 0)
   asked = [e for e in held_out.examples for _ in range(LOOKS)]
   score = np.array(Verifier(options.made())(asked, texts))

@@ -30,6 +30,8 @@ class Options:
     samples: responses to each.
     tokens: the most new tokens of a response.
     temperature, top_k, top_p: how they are drawn, in training.
+    gathered: where devices share the weights: whether each gathers them once
+      for a whole rollout, or layer by layer for every token.
     epochs: how often each response is learned from.
     kl: weight of the penalty for leaving the reference; 0 for none.
     kl_kind: its estimator, 'k1', 'k2' or 'k3'.
@@ -53,6 +55,7 @@ class Options:
   temperature: float = 1.0
   top_k: int = 0
   top_p: float = 1.0
+  gathered: bool = True
   epochs: int = 1
   kl: float = 0.0
   kl_kind: str = "k3"
@@ -92,7 +95,7 @@ class Options:
 
   def draw(self, eos: int | None) -> Draw:
     """How responses are drawn in training."""
-    drawn = (self.temperature, self.top_k, self.top_p)
+    drawn = (self.temperature, self.top_k, self.top_p, self.gathered)
     return Draw(self.tokens, self.samples, eos, *drawn)
 
   def made(self) -> tasks.Task:

@@ -30,12 +30,13 @@ from jaxlm import program, recipe, speed
 from jaxlm.config import call
 from jaxlm.interrupt import Interrupt
 from jaxlm.layers.compute import Compute
+from jaxlm.models.decoder import Decoder
 from jaxlm.models.heads import ScalarHead
-from jaxlm.rl import advantages, begin, collect, guards, look, losses
+from jaxlm.rl import advantages, begin, collect, guards, look, losses, place
 from jaxlm.rl.collect import Collected
 from jaxlm.rl.options import PPO
 from jaxlm.rl.rollout import Actor, Rollout, Scores, logprobs, scored
-from jaxlm.state import TrainState, make_step
+from jaxlm.state import TrainState
 from jaxlm.workdir import claim
 
 Array = jax.Array
@@ -75,20 +76,21 @@ def _train(
   enter: Callable[[Any], Any],
 ) -> TrainState:
   """The run itself; what it enters is left again, whatever happens."""
-  # --- Model, questions, reward -----------------------------------------------
+  # --- Mesh, model, questions, reward -----------------------------------------
+  mesh = place.mesh(config)
+  enter(jax.set_mesh(mesh))
   base = begin.begin(config, workdir)
   compute, policy = recipe.compute(config), Actor(base.model)
-  critic = base.model if o.critic == "separate" else None
-  actor = Actor(base.model, ScalarHead(base.model.dim), critic)
+  actor = acting(o, base.model)
   train_on, held_out = begin.ask(config, o, base)
-  reward, draw = begin.reward_of(o), o.draw(base.eos)
-  print(f"model    {base.model.n_params():,} parameters, {config.precision}")
+  reward, draw = begin.reward_of(o, compute), o.draw(base.eos)
+  print(begin.told(config, base, mesh))
 
   # --- Optimizer and state ----------------------------------------------------
   updates = o.updates(config.batch_size)
   schedule = begin.schedule(config, updates * o.epochs)
   tx = recipe.optimizer(config, actor.params(), schedule)
-  state = begin.fresh(actor, base.params, tx, config)
+  state = begin.fresh(actor, base.params, tx, config, compute.rules)
   memory, control = begin.Memory(beta=o.kl), losses.Controller(o.kl_target)
   checkpoints = enter(begin.checkpoints(config, workdir))
   if checkpoints.latest() is not None:
@@ -97,14 +99,7 @@ def _train(
 
   # --- Step -------------------------------------------------------------------
   loss_fn = objective(actor, o, compute)
-  update = make_step(
-    loss_fn,
-    tx,
-    seed=config.seed,
-    accumulate=config.accumulate,
-    steps=updates,
-    ema_decay=config.ema,
-  )
+  update = begin.updates(config, actor, loss_fn, tx, updates)
 
   def responses(step: int, params: Tree) -> tuple[Collected, Scores]:
     """Answers to the questions of a step, judged, and what actors say."""
@@ -122,7 +117,9 @@ def _train(
     """Epochs over a rollout, until the policy has gone far enough."""
     for epoch in range(o.epochs):
       order = collect.order(o.rows, config.seed, step, epoch)
-      parts = collect.cut(batch, order, updates, config.accumulate)
+      parts = collect.cut(
+        batch, order, updates, config.accumulate, compute.rules
+      )
       state, result = update(state, parts)
       far = o.stop_kl and np.mean(result["approx_kl"]) > o.stop_kl
       if far:
@@ -192,6 +189,12 @@ def _train(
   print(look.before_and_after(workdir))
   print(f"plot     {look.plot(workdir)}")
   return state
+
+
+def acting(o: PPO, model: Decoder) -> Actor:
+  """The policy with its critic."""
+  critic = model if o.critic == "separate" else None
+  return Actor(model, ScalarHead(model.dim), critic)
 
 
 # --- What is minimised ------------------------------------------------------

@@ -4,6 +4,7 @@ A reward is a callable, `(examples, texts) -> one number for each`. What it
 returns is never trusted: `judged` says what is wrong with it, or counts it.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,10 @@ from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.generate.prompts import pad_right
 from jaxlm.interop.load import load
+from jaxlm.layers.compute import Compute
 from jaxlm.models.reward import RewardModel
+from jaxlm.parallel.rules import Rules
+from jaxlm.rl import place
 from jaxlm.tasks import Example, Task
 
 Reward = Callable[[Sequence[Example], Sequence[str]], Sequence[float]]
@@ -45,31 +49,36 @@ class Learned:
     model, params: the reward model.
     tokenizer: the one it was trained with.
     rows: responses are read so many at a time, of a few lengths only.
+    rules: along which axes a mesh cuts them.
   """
 
   model: RewardModel
   params: Any
   tokenizer: Tokenizer
   rows: int = 64
+  rules: Rules | None = None
   read: Any = field(init=False, repr=False)
 
   def __post_init__(self):
-    object.__setattr__(self, "read", jax.jit(self.model))
+    compute = Compute(rules=self.rules)
+    read = functools.partial(self.model, compute=compute)
+    object.__setattr__(self, "read", jax.jit(read))
 
   @classmethod
-  def load(cls, path: str | Path) -> "Learned":
-    """The one in a workdir.
+  def load(cls, path: str | Path, rules: Rules | None = None) -> "Learned":
+    """The one in a workdir, on every device of the mesh in force.
 
     Raises:
       UserError: if there is none, or it is no reward model.
     """
-    model, params = load(path)
+    mesh = jax.sharding.get_mesh()
+    model, params = load(path, mesh=None if mesh.empty else mesh)
     if not isinstance(model, RewardModel):
       raise UserError(
         f"{path} holds no reward model; train one with the objective "
         "reward, or say reward='verifier'"
       )
-    return cls(model, params, workdir.load_tokenizer(path))
+    return cls(model, params, workdir.load_tokenizer(path), rules=rules)
 
   def __call__(
     self, examples: Sequence[Example], texts: Sequence[str]
@@ -101,7 +110,8 @@ class Learned:
     room = min(-(-longest // 16) * 16, most) - longest
     tokens = np.pad(tokens, ((0, 0), (0, room)))
     mask = np.arange(tokens.shape[1])[None] < lengths[:, None]
-    return np.asarray(self.read(self.params, tokens, mask))[:n]
+    given = place.rows((tokens, mask), self.rules)
+    return np.asarray(self.read(self.params, *given))[:n]
 
 
 # --- What comes of them -----------------------------------------------------

@@ -16,18 +16,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import PartitionSpec
 
 from jaxlm.errors import UserError
 from jaxlm.generate import samplers
 from jaxlm.generate.filters import Temperature
 from jaxlm.generate.new import put
 from jaxlm.generate.samplers import Sample
-from jaxlm.generate.step import UNROLLED, prefill, step, take
+from jaxlm.generate.step import UNROLLED, read
+from jaxlm.layers.at import At
 from jaxlm.layers.compute import Compute
-from jaxlm.layers.param import map_params
+from jaxlm.layers.param import gather, map_params, move
+from jaxlm.layers.recurrent import place as moved
 from jaxlm.losses import cross_entropy
 from jaxlm.models.decoder import Decoder, hidden, layers_apart, logits
 from jaxlm.models.heads import ScalarHead
+from jaxlm.rl import place
 from jaxlm.rl.losses import entropy
 
 Array = jax.Array
@@ -72,6 +76,8 @@ class Draw:
     samples: responses to each prompt.
     eos: the token that ends one; None: only length does.
     temperature, top_k, top_p: as in generation; 0 and 1.0 keep all tokens.
+    gathered: where devices share the weights, each gathers them once for all
+      tokens, and has to have room for them; False: layer by layer for each.
   """
 
   new: int
@@ -80,6 +86,7 @@ class Draw:
   temperature: float = 1.0
   top_k: int = 0
   top_p: float = 1.0
+  gathered: bool = True
 
   def __post_init__(self):
     if self.new < 1 or self.samples < 1:
@@ -172,7 +179,8 @@ def sample(
   """Responses to prompts, by one program.
 
   Token i of a row is drawn with `fold_in(keys[row], i)`, as in generation, so
-  that a response depends on nothing but its prompt and its key.
+  that a response depends on nothing but its prompt and its key. On a mesh each
+  device reads its share of the prompts and writes its share of the responses.
 
   Args:
     model: the policy.
@@ -184,14 +192,17 @@ def sample(
     compute: how to run.
   """
   n, seq = prompts.shape
-  who = jnp.repeat(jnp.arange(n, dtype=jnp.int32), draw.samples)
-  params = _cast(model, params, compute)
-  x, cache = prefill(
-    model, params, prompts, lengths, seq + draw.new - 1, compute
-  )
-  if draw.samples > 1:
-    x, cache = x[who], take(cache, who, compute)
-  state = _first(model, draw, x, cache, lengths[who])
+  params = _cast(model, params, draw, compute)
+  x, cache = read(model, params, prompts, lengths, seq + draw.new - 1, compute)
+
+  def each(leaf: Array, axis: int = 0) -> Array:
+    return _each(leaf, draw.samples, axis, compute)
+
+  behind = 0 if compute.unroll else 1  # in a cache: behind the layers
+  cache = jax.tree.map(lambda leaf: each(leaf, behind), cache)
+  group = each(_rows(jnp.arange(n, dtype=jnp.int32), compute))
+  x, prompts, starts = each(x[:, -1:]), each(prompts), each(lengths)
+  state = _first(model, draw, x, cache, starts, compute)
 
   noise = None
   if len(keys) * draw.new * model.vocab <= AHEAD:
@@ -208,7 +219,8 @@ def sample(
 
   def advance(state: _State) -> _State:
     last = jax.lax.dynamic_slice_in_dim(state.tokens, state.i - 1, 1, 1)
-    x, cache = step(model, params, last, state.position, state.cache, compute)
+    at = At(positions=state.position[:, None])
+    x, cache = hidden(model, params, last, at, state.cache, compute)
     position = state.position + 1
     return choose(state.replace(x=x, cache=cache, position=position))
 
@@ -217,16 +229,16 @@ def sample(
 
   state = jax.lax.while_loop(go_on, advance, choose(state))
   return Rollout(
-    tokens=_joined(prompts[who], lengths[who], state.tokens, state.mask),
-    starts=lengths[who],
+    tokens=_joined(prompts, starts, state.tokens, state.mask),
+    starts=starts,
     mask=state.mask,
     logp_old=state.logp,
-    group=who,
+    group=group,
     kept=state.kept,
   )
 
 
-def _cast(model: Decoder, params: Tree, compute: Compute) -> Tree:
+def _cast(model: Decoder, params: Tree, draw: Draw, compute: Compute) -> Tree:
   """Parameters of the policy as decoding reads them."""
   tree = model.params()
   params = map_params(
@@ -234,26 +246,53 @@ def _cast(model: Decoder, params: Tree, compute: Compute) -> Tree:
     tree,
     {name: params[name] for name in tree},
   )
+  if draw.gathered and compute.rules is not None:
+    params = move(params, tree, compute.rules.computed_spec)
   if not compute.unroll:
     return params
   return params | {"layers": layers_apart(model, params["layers"])}
 
 
+def _rows(x: Array, compute: Compute) -> Array:
+  """`x` [rows, ...] where the rules want a batch."""
+  return moved(x, ("batch", *(None,) * (x.ndim - 1)), compute)
+
+
+def _each(x: Array, n: int, axis: int, compute: Compute) -> Array:
+  """Each row, along `axis`, `n` times in neighbouring rows."""
+  rows = compute.spec(("batch",), (x.shape[axis] * n,))
+  if rows is None:
+    return jnp.repeat(x, n, axis)
+  spec = [*jax.typeof(x).sharding.spec]
+  spec[axis] = rows[0]
+  return jnp.repeat(x, n, axis, out_sharding=PartitionSpec(*spec))
+
+
 def _first(
-  model: Decoder, draw: Draw, x: Array, cache: Tree, lengths: Array
+  model: Decoder,
+  draw: Draw,
+  x: Array,
+  cache: Tree,
+  lengths: Array,
+  compute: Compute,
 ) -> _State:
   """Nothing said yet."""
-  shape = (len(x), draw.new)
-  kept = jnp.ones((*shape, model.vocab), bool) if draw.cuts else None
+  kept = None
+
+  def all_rows(value: Any, dtype: Any, *shape: int) -> Array:
+    return _rows(jnp.full((len(x), *shape), value, dtype), compute)
+
+  if draw.cuts:
+    kept = all_rows(True, bool, draw.new, model.vocab)
   return _State(
     i=jnp.int32(0),
     x=x,
     cache=cache,
     position=lengths,
-    ended=jnp.zeros(len(x), bool),
-    tokens=jnp.zeros(shape, jnp.int32),
-    mask=jnp.zeros(shape, bool),
-    logp=jnp.zeros(shape, jnp.float32),
+    ended=all_rows(False, bool),
+    tokens=all_rows(0, jnp.int32, draw.new),
+    mask=all_rows(False, bool, draw.new),
+    logp=all_rows(0, jnp.float32, draw.new),
     kept=kept,
   )
 
@@ -346,11 +385,25 @@ def logprobs(
     )
     x = windows(x, starts - 1, n)
   if actor.value is not None:
-    values = actor.value(params["value"], x)
+    head = actor.value.params()
+    p = gather(params["value"], head, compute.rules, compute.jnp_dtype)
+    values = actor.value(p, x)
   return Scores(-cross_entropy(y, said)[0], entropy(y), values)
 
 
-scored = jax.jit(logprobs, static_argnums=(0, 3, 4))
+_scored = jax.jit(logprobs, static_argnums=(0, 3, 4))
+
+
+def scored(
+  actor: Actor,
+  params: Tree,
+  rollout: Rollout,
+  draw: Draw,
+  compute: Compute = UNROLLED,
+) -> Scores:
+  """`logprobs`, compiled; of a rollout on the host or on the devices."""
+  rollout = place.rows(rollout, compute.rules)
+  return _scored(actor, params, rollout, draw, compute)
 
 
 def windows(x: Array, starts: Array, n: int) -> Array:
