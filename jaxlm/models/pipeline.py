@@ -126,6 +126,17 @@ def schedule(n: int, rows: int, compute: Compute) -> Schedule:
   return Schedule(p, m, v)
 
 
+def late(p: Tree, x: Array) -> Tree:
+  """Parameters of a layer, not to be had before its input `x`.
+
+  What no step of a stage changes is moved out of all of them, by JAX and by
+  compilers: gathered there, the layers of a stage would be whole all at once.
+  """
+  if AXIS not in jax.sharding.get_abstract_mesh().manual_axes:
+    return p
+  return jax.lax.optimization_barrier((p, x))[0]
+
+
 def pipelined(
   layers: Callable,
   n: int,
@@ -223,6 +234,8 @@ def _walk(plan: Schedule, layers, at: At, params, numbers, inputs, key):
   stage = jax.lax.axis_index(AXIS)
   rows, fields = jax.tree.map(lambda x: x[0], inputs)
   params, numbers = _regrouped(plan, stage, (params, numbers))
+  # Picked at each step, they would be kept for each step's backward pass.
+  alone = None if plan.rounds > 1 else _pick((params, numbers), 0)
   onward = [(i, (i + 1) % plan.stages) for i in range(plan.stages)]
 
   def one(carry: tuple, step: Array) -> tuple[tuple, tuple]:
@@ -234,7 +247,8 @@ def _walk(plan: Schedule, layers, at: At, params, numbers, inputs, key):
     here = at.replace(positions=positions, segments=segments, blocks=blocks)
     if key is not None:
       here = here.replace(key=jax.random.fold_in(key, micro))
-    x, report = layers(*_pick((params, numbers), turn), x, here)
+    mine = alone or _pick((params, numbers), turn)
+    x, report = layers(*mine, x, here)
     done = live & (turn == plan.rounds - 1)
     new = jnp.where(done, x, _pick(out, micro, 1))
     out = jax.lax.dynamic_update_index_in_dim(out, new, micro, 1)

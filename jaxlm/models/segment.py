@@ -14,7 +14,7 @@ from jaxlm.errors import UserError
 from jaxlm.layers.at import At
 from jaxlm.layers.compute import Compute
 from jaxlm.layers.param import gather
-from jaxlm.models.pipeline import pipelined, stages
+from jaxlm.models.pipeline import late, pipelined, stages
 
 Array = jax.Array
 Tree = Any
@@ -77,7 +77,7 @@ def _layers(
 
   def body(x: Array, layer: tuple) -> tuple[Array, Tree]:
     p, c, number = layer
-    p = gather(p, tree, compute.rules, compute.jnp_dtype)
+    p = gather(late(p, x), tree, compute.rules, compute.jnp_dtype)
     new = {}
     for j, block in enumerate(pattern):
       here = at
