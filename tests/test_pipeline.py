@@ -117,17 +117,22 @@ def test_a_device_has_its_stage(rule, sizes, layers, table):
       assert share == layers
 
 
-def lengths(jaxpr) -> set[int]:
-  """How often the loops of a program go around."""
-  found = set()
+def scans(jaxpr) -> list:
+  """The loops of a program, those inside of others too."""
+  found = []
   for equation in jaxpr.eqns:
     if equation.primitive.name == "scan":
-      found.add(equation.params["length"])
+      found.append(equation)
     for value in equation.params.values():
       inner = getattr(value, "jaxpr", value)
       if hasattr(inner, "eqns"):
-        found |= lengths(inner)
+        found += scans(inner)
   return found
+
+
+def lengths(jaxpr) -> set[int]:
+  """How often the loops of a program go around."""
+  return {loop.params["length"] for loop in scans(jaxpr)}
 
 
 def program(model: Decoder, rows: int, compute: Compute):
@@ -147,6 +152,33 @@ def test_the_program_takes_the_steps_of_its_schedule():
     compute = Compute(rules=rules, split=Split(microbatches=8, rounds=rounds))
     with jax.sharding.set_mesh(make_mesh(rules, "data:2,pipe:4")):
       assert steps in lengths(program(model, 16, compute))
+
+
+def test_a_step_keeps_what_it_worked_on_and_no_parameters():
+  """What 11 steps, or the two layers of each, leave for the backward pass are
+  inputs of layers: nothing is as large as a matrix.
+  """
+  rules = preset("fsdp_pp")
+  model = Decoder(VOCAB, DIM, (((block(),), 8),), RMSNorm(DIM), 64)
+  compute = Compute(rules=rules, remat="full", split=Split(microbatches=8))
+  tokens = jax.ShapeDtypeStruct((16, 2), jnp.int32)
+
+  def loss(params, tokens):
+    return jnp.sum(forward(model, params, tokens, compute=compute))
+
+  mesh = make_mesh(rules, "fsdp:2,pipe:4")
+  with jax.sharding.set_mesh(mesh):
+    params = abstract(model.params(), mesh=mesh, rules=rules)
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(params, tokens).jaxpr
+  kept = [
+    v.aval.shape
+    for loop in scans(jaxpr)
+    for v in loop.outvars[loop.params["num_carry"] :]
+    if "transpose" not in str(loop.source_info.name_stack)
+  ]
+  assert (11, 2, 2, 2, DIM) in kept  # steps, layers, rows, tokens, width
+  matrix = min(p.size for p in paths(block().params()).values() if p.is_matrix)
+  assert max(math.prod(s[2:]) for s in kept if s[0] in (2, 11)) < matrix
 
 
 # --- Bad input --------------------------------------------------------------
