@@ -4,7 +4,10 @@ Source: DeepSeek-V3 Technical Report, arXiv:2412.19437: sizes, 15,360 rows of
 4,096 tokens a batch, and AdamW from section 4.2. Its second head, which
 predicts one token further, is not here, nor is FP8.
 
-    python -m jaxlm.plan --config=configs/deepseek_v3.py --target=v5p:8x8x16
+    python -m jaxlm.plan --config=configs/deepseek_v3.py --target=h100:1024
+
+Experts are split over 64 devices, as in the report (section 3.2.2); all else
+that is stored is spread over as many groups of 64 as there are.
 
 On the machine itself the same file trains, given `--config.data.path` and the
 model's tokenizer.json as `--config.data.tokenizer`.
@@ -24,7 +27,8 @@ def get_config() -> ConfigDict:
   config.precision = "bfloat16"
   config.remat = "full"
   config.loss_chunk = 512
-  config.parallel.preset = "fsdp"
+  config.parallel.preset = "fsdp_ep"
+  config.parallel.mesh = "fsdp:-1,expert:64"
   config.data.tokenizer = "tokenizer.json"
   config.accumulate = 15
 

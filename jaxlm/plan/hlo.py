@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 
 from jaxlm.plan.network import KINDS, Message, Network
 
+UNKNOWN = 1 << 62  # so many cycles say that the compiler does not know
+
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "f8e4m3fn": 1, "f8e5m2": 1}
 _BYTES |= {f"{kind}{n}": n / 8 for kind in "suf" for n in (8, 16, 32, 64)}
 _BYTES |= {"bf16": 2, "c64": 8, "c128": 16}
@@ -422,4 +424,5 @@ def _part(name: str | None, users: dict, whole: float) -> float:
 
 def _cycles(one: Instruction) -> float:
   found = re.search(r'"estimated_cycles":"(\d+)"', one.rest)
-  return float(found[1]) if found else 0.0
+  cycles = int(found[1]) if found else 0
+  return float(cycles) if cycles < UNKNOWN else 0.0
