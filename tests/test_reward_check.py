@@ -70,7 +70,10 @@ def test_a_promise_is_no_sign():
   assert sanity.promise(bad, good + 1e4) == 0.0
 
 
-def test_what_is_no_reward_model(tmp_path):
-  """Said before anything is asked."""
+def test_what_cannot_be_asked(tmp_path):
+  """No reward model, or nothing to ask: said before anything is done."""
   with pytest.raises(UserError, match="holds no"):
     reward_check.main([f"--workdir={tmp_path}", "--task=reverse"])
+  for flag in ("--examples=0", "--samples=-1"):
+    with pytest.raises(UserError, match=f"{flag}; ask for 1"):
+      reward_check.main([f"--workdir={tmp_path}", "--task=reverse", flag])

@@ -65,6 +65,9 @@ def main(argv: Sequence[str]) -> None:
       is not there.
   """
   flags = parser().parse_args(argv)
+  for name in ("examples", "prompts", "samples"):
+    if getattr(flags, name) < 1:
+      raise UserError(f"--{name}={getattr(flags, name)}; ask for 1 or more")
   path = Path(flags.workdir)
   out = Path(flags.out) if flags.out else path
   judge, task = _judge(path), named_task(flags.task)
