@@ -1,12 +1,19 @@
-"""PPO on two-digit sums, from a model that answers some of them.
+r"""PPO on two-digit sums, from a model that answers some of them.
 
-python -m jaxlm.rl.ppo --config=configs/ppo.py
+    python -m jaxlm.rl.ppo --config=configs/ppo.py --config.model.path=DIR
+
+Switch: a published model of this directory, whose step is planned:
+
+    python -m jaxlm.plan --config=configs/ppo.py --config.model=llama3_8b \
+        --target=h100:32
 """
 
-from jaxlm.config import default_config
+from pathlib import Path
+
+from jaxlm.config import default_config, from_file
 
 
-def get_config():
+def get_config(model: str = ""):
   """Keys by their names; docs/rl.md has what comes of them."""
   config = default_config()
   config.model.path = "runs/sft"
@@ -30,4 +37,17 @@ def get_config():
   config.ppo.tokens = 4
   config.ppo.epochs = 2
   config.ppo.value_weight = 0.5
+  if model:
+    published(config, model)
   return config
+
+
+def published(config, name: str) -> None:
+  """512 prompts and responses, sizes and all else as configs/grpo.py has it."""
+  path = Path(__file__).with_name("grpo.py")
+  for key, value in from_file(path, {"model": name})[0].items():
+    section, _, last = key.rpartition(".")
+    if section != "grpo":
+      (config[section] if section else config)[last] = value
+  config.ppo.tokens = 1024
+  config.ppo.critic = "separate"

@@ -430,3 +430,98 @@ def test_pages(planned, tmp_path):
   page = paths[1].read_text()
   assert page.count("data:image/png;base64,") == 2
   assert "memory per device" in page
+
+
+# --- Reinforcement learning -------------------------------------------------
+
+RL = {
+  "model.layers": 2,
+  "batch_size": 64,
+  "seq_len": 48,
+  "remat": "full",
+}
+
+
+def learning(section: str, **changes) -> dict:
+  """A small step of GRPO or PPO, 128 responses of 32 tokens."""
+  shape = {"prompts": 16, "samples": 8, "tokens": 32, "kl": 0.1}
+  own = {f"{section}.{k}": v for k, v in shape.items()}
+  flat = keys.flatten(tiny()) | RL | own
+  return freeze(flat | {k.replace("__", "."): v for k, v in changes.items()})
+
+
+@pytest.fixture(scope="module")
+def stepped(site) -> make.Plan:
+  """A step of GRPO whose rollout was compiled; the rest is traced."""
+  config = learning("grpo")
+  compiled = make.plan(config, site, ("rollout",)).outcomes
+  rest = make.plan(config, site, compiled=False)
+  return make.dataclasses.replace(
+    rest, outcomes=(*compiled, *rest.outcomes[1:])
+  )
+
+
+def test_a_step_is_its_programs(stepped):
+  """Each with all that lies on the devices, by name; their times add up."""
+  assert [o.name for o in stepped.outcomes] == ["rollout", "score", "update"]
+  each = stepped.model.n_params() * 4 / 8
+  for o in stepped.outcomes:
+    parts = o.reading.parts()
+    for name in ("policy", "frozen reference"):
+      assert parts[name] == pytest.approx(each, rel=0.05)
+    assert parts["optimizer state"] == pytest.approx(2 * each, rel=0.05)
+  rollout = stepped.outcomes[0]
+  assert rollout.memory["arguments"] == pytest.approx(4 * each, rel=0.05)
+  assert "cache" in rollout.reading.parts()
+  assert rollout.reading.parts()["gathered weights"] > 7 * each
+  assert 0.4 < rollout.reading.peak / rollout.total < 2.5
+  found = report.facts(stepped)
+  step = found["step"]
+  assert step["runs"] == {"rollout": 1, "score": 1, "update": 1}
+  most = sum(p["seconds"]["serial"] for p in found["programs"].values())
+  assert step["samples_per_second"]["serial"] == pytest.approx(128 / most)
+  assert "128 responses of 32 tokens" in report.text(found)
+
+
+def test_the_work_of_a_rollout_is_that_of_all_its_tokens(stepped):
+  """The loop over tokens counts as often as there are tokens, in the traced
+  program and in the compiled one.
+  """
+  o = stepped.outcomes[0]
+  worked = 8 * sum(o.reading.flops.values())
+  assert worked == pytest.approx(o.model_flops, rel=0.15)
+  joins = [m for m in o.messages if m.kind == "all-reduce"]
+  assert max(m.times for m in joins) in (31, 32)  # have all rows ended?
+  gathers = [m for m in o.messages if m.kind == "all-gather"]
+  assert max(m.times for m in gathers) < 31  # weights, once for all
+
+
+def test_weights_may_be_gathered_for_every_token(site, stepped):
+  """Then they take no room, and travel again and again; and that is what is
+  proposed where a rollout does not fit.
+  """
+  config = learning("grpo", grpo__gathered=False)
+  other = make.plan(config, site, ("rollout",), compiled=False).outcomes[0]
+  assert "gathered weights" not in other.reading.parts()
+  sent = [
+    sum(m.bytes * m.times for m in o.reading.messages if m.axes == ("fsdp",))
+    for o in (stepped.outcomes[0], other)
+  ]
+  assert sent[1] > 20 * sent[0]
+  tight = make.dataclasses.replace(site, limit=1e6)
+  model = stepped.model
+  told = memory.explain(learning("grpo"), model, tight, "rollout", most=9)
+  assert "--config.grpo.gathered=false" in str(told)
+
+
+def test_a_step_of_ppo_has_a_critic(site):
+  """Of its own, it is one more model, trained, too."""
+  config = learning("ppo", ppo__critic="separate", ppo__epochs=3)
+  made = make.plan(config, site, ("rollout",), compiled=False)
+  parts = made.outcomes[0].reading.parts()
+  assert parts["critic"] == pytest.approx(parts["policy"], rel=0.25)
+  assert made.step.runs()["update"] == 3
+  with pytest.raises(UserError, match=r"no program 'tune'.*known: .*rollout"):
+    make.plan(config, site, ("tune",))
+  with pytest.raises(UserError, match="leave out cp"):
+    make.plan(learning("ppo", parallel__preset="fsdp_cp"), site, ("rollout",))

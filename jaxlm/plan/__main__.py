@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> None:
     raise UserError(f"name a target, as in --target=v5e:16x16; {KNOWN}")
   from jaxlm.plan import make, memory, report  # JAX starts here
 
-  which = [name.strip() for name in flags.programs.split(",")]
+  which = [n.strip() for n in flags.programs.split(",") if n.strip()]
   generation = _generation(flags)
   where = make.site(flags.target, flags.memory_limit)
   if flags.search:
@@ -91,7 +91,9 @@ def add_flags(flags: argparse.ArgumentParser) -> argparse.ArgumentParser:
     "--target", metavar="CHIP:SIZE", help="v5e:16x16, v5p:8x8x8, h100:64, cpu:8"
   )
   flags.add_argument(
-    "--programs", default="train,prefill,decode", help="which to plan"
+    "--programs",
+    default="",
+    help="which to plan, of train,prefill,decode and rollout,score,update",
   )
   flags.add_argument("--tokens", type=_number, help="to train on, for days")
   flags.add_argument(

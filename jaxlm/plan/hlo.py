@@ -81,10 +81,13 @@ class Compiled:
   kernels: int
 
 
-def read(text: str, network: Network) -> Compiled:
-  """Reads `compiled.as_text()` of a program for the mesh of `network`."""
+def read(text: str, network: Network, loops: int = 1) -> Compiled:
+  """Reads `compiled.as_text()` of a program for the mesh of `network`.
+
+  `loops` is how often a loop runs whose length is data.
+  """
   module = parse(text)
-  times, fused = runs(module), _fused(module)
+  times, fused = runs(module, loops), _fused(module)
   traffic = cycles = kernels = 0
   for name, body in module.computations.items():
     if not times.get(name) or name in fused:
@@ -169,14 +172,14 @@ def size(text: str) -> float:
 # --- How often --------------------------------------------------------------
 
 
-def runs(module: Module) -> dict[str, int]:
+def runs(module: Module, loops: int = 1) -> dict[str, int]:
   """How often each computation runs in one run of the program."""
   times: dict[str, int] = defaultdict(int)
 
   def visit(name: str, n: int) -> None:
     times[name] += n
     for one in module.computations.get(name, {}).values():
-      count = n * trips(one, module) if one.opcode == "while" else n
+      count = n * trips(one, module, loops) if one.opcode == "while" else n
       for called in _called(one):
         if one.opcode in _SCALAR:
           continue
@@ -185,6 +188,8 @@ def runs(module: Module) -> dict[str, int]:
   visit(module.entry, 1)
   return dict(times)
 
+
+_INTEGERS = ("s32[]", "u32[]", "s64[]")
 
 # Their computations work on scalars, once for each element.
 _SCALAR = frozenset(
@@ -202,18 +207,24 @@ def _called(one: Instruction) -> list[str]:
   ]
 
 
-def trips(loop: Instruction, module: Module) -> int:
-  """How often a loop's body runs; 1 where the text does not say."""
+def trips(loop: Instruction, module: Module, data: int = 1) -> int:
+  """How often a loop's body runs; 1 where the text does not say.
+
+  A loop that goes by more than a counter, as data has it, runs `data` times.
+  """
   known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest)
   if known:
     return int(known[1])
   name = re.search(r"condition=%([\w.\-]+)", loop.rest)
   body = module.computations.get(name[1], {}) if name else {}
+  read = [one for one in body.values() if one.opcode == "get-tuple-element"]
+  if any(not one.shape.startswith(_INTEGERS) for one in read):
+    return data
   constants = [
     int(one.operands[0])
     for one in body.values()
     if one.opcode == "constant"
-    and one.shape.startswith(("s32[]", "u32[]", "s64[]"))
+    and one.shape.startswith(_INTEGERS)
     and one.operands[0].lstrip("-").isdigit()
   ]
   return max(constants, default=1)
@@ -370,6 +381,10 @@ def _main(shape: str) -> float:
   return sum(n for n, outside in shapes(shape) if outside)
 
 
+# What writes a part of its first operand, and which operand that part is.
+_WITHIN = {"dynamic-update-slice": 1, "scatter": 2}
+
+
 def _written(one: Instruction, inner: dict[str, Instruction]) -> float:
   """What a fusion writes; of an array updated in place, the new part."""
   root = next((i for i in inner.values() if i.root), None)
@@ -380,8 +395,9 @@ def _written(one: Instruction, inner: dict[str, Instruction]) -> float:
   for r in roots:
     if r is None:
       return _main(one.shape)
-    if r.opcode == "dynamic-update-slice" and r.operands[1] in inner:
-      total += size(inner[r.operands[1]].shape)
+    part = r.operands[_WITHIN[r.opcode]] if r.opcode in _WITHIN else None
+    if part in inner:
+      total += size(inner[part].shape)
     else:
       total += size(r.shape)
   return min(total, _main(one.shape))
@@ -412,9 +428,11 @@ def _part(name: str | None, users: dict, whole: float) -> float:
   """Bytes of a fusion's parameter that are read."""
   total = whole if name is None else 0.0
   for user in users[name]:
-    if user.opcode in ("dynamic-slice", "slice", "gather"):
+    if user.opcode == "bitcast":
+      total += _part(user.name, users, whole)
+    elif user.opcode in ("dynamic-slice", "slice", "gather"):
       total += size(user.shape)
-    elif user.opcode == "dynamic-update-slice":
+    elif user.opcode in _WITHIN:
       if user.operands[0] != name:
         return whole
     else:

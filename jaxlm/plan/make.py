@@ -16,7 +16,7 @@ from jaxlm.errors import UserError
 from jaxlm.layers.attend import choose
 from jaxlm.layers.cache import FULL
 from jaxlm.models.decoder import Decoder
-from jaxlm.plan import hlo, programs, roofline, target
+from jaxlm.plan import hlo, programs, rl, roofline, target
 from jaxlm.plan.chips import Chip
 from jaxlm.plan.network import Message, Network, network
 from jaxlm.plan.programs import Program
@@ -24,6 +24,7 @@ from jaxlm.plan.target import Target
 from jaxlm.plan.traced import Reading
 
 PROGRAMS = ("train", "prefill", "decode")
+RL = ("rollout", "score", "update")
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Outcome:
   """What is known of one program.
 
   Attributes:
-    name: 'train', 'prefill' or 'decode'.
+    name: one of `PROGRAMS` or `RL`.
     tokens: that one run works on.
     reading: of the traced program.
     times: the roofline's.
@@ -119,7 +120,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Plan:
-  """A config on a site."""
+  """A config on a site; the `step` is that of PPO or GRPO."""
 
   config: FrozenConfigDict
   model: Decoder
@@ -127,6 +128,7 @@ class Plan:
   mesh: jax.sharding.Mesh
   outcomes: tuple[Outcome, ...]
   attention: tuple[str, str]
+  step: rl.Step | None = None
 
   @property
   def network(self) -> Network:
@@ -152,7 +154,7 @@ class Generation:
 def plan(
   config: FrozenConfigDict,
   where: Site,
-  which: Sequence[str] = PROGRAMS,
+  which: Sequence[str] = (),
   generation: Generation = Generation(),
   compiled: bool = True,
   say: Callable[[str], None] = lambda text: None,
@@ -162,7 +164,8 @@ def plan(
   Args:
     config: of the run.
     where: the target.
-    which: some of `PROGRAMS`.
+    which: some of `PROGRAMS`, or for a config of PPO or GRPO of `RL`; none
+      means all that the config has.
     generation: sizes of prefill and decode.
     compiled: False stops before the compiler: an estimate in a second.
     say: told what is under way.
@@ -170,13 +173,9 @@ def plan(
   Raises:
     UserError: for programs that do not exist, or a mesh that does not fit.
   """
-  for name in which:
-    if name not in PROGRAMS:
-      raise UserError(
-        f"no program {name!r} to plan; known: {', '.join(PROGRAMS)}"
-      )
   mesh = where.mesh(config)
   model = programs.decoder(config)
+  which = _which(config, model, which)
   with jax.set_mesh(mesh):
     attention = choose(recipe.compute(config))
   outcomes = []
@@ -185,7 +184,22 @@ def plan(
     outcomes.append(
       outcome(config, model, where, mesh, name, generation, compiled)
     )
-  return Plan(config, model, where, mesh, tuple(outcomes), attention)
+  step = rl.step(config, model) if rl.asked(config) else None
+  return Plan(config, model, where, mesh, tuple(outcomes), attention, step)
+
+
+def _which(
+  config: FrozenConfigDict, model: Decoder, asked: Sequence[str]
+) -> tuple[str, ...]:
+  """The programs asked for; all that the config has, if none are."""
+  runs = tuple(rl.step(config, model).runs()) if rl.asked(config) else ()
+  known = (*PROGRAMS, *runs)
+  for name in asked:
+    if name not in known:
+      raise UserError(
+        f"no program {name!r} to plan in this config; known: {', '.join(known)}"
+      )
+  return tuple(asked) or runs or PROGRAMS
 
 
 def traced(
@@ -196,6 +210,8 @@ def traced(
   generation: Generation = Generation(),
 ) -> Program:
   """The program of that name."""
+  if name in RL:
+    return rl.traced(config, model, mesh, name)
   if name == "train":
     return programs.train(config, model, mesh)
   rows = generation.rows or recipe.rules(config).ways("batch", mesh)
@@ -224,7 +240,8 @@ def outcome(
   net = where.network(mesh)
   clock.tick("read")
   length = generation.length or config.seq_len
-  length = config.seq_len if name == "train" else length
+  length = length if name in ("prefill", "decode") else config.seq_len
+  work = program.forwards * program.tokens * model.flops_per_token(length)
   found = Outcome(
     name,
     program.tokens,
@@ -232,7 +249,7 @@ def outcome(
     roofline.times(reading, None, net),
     reading.messages,
     {},
-    program.forwards * program.tokens * model.flops_per_token(length),
+    program.model_flops or work,
     clock.seconds,
   )
   return _compile(found, program, net, clock) if compiled else found
@@ -252,7 +269,7 @@ def _compile(
     clock.tick("compile")
     return dataclasses.replace(found, refused=str(error))
   clock.tick("compile")
-  read = hlo.read(executable.as_text(), net)
+  read = hlo.read(executable.as_text(), net, program.loops)
   clock.tick("read")
   m = executable.memory_analysis()
   memory = {

@@ -16,7 +16,7 @@ from jaxlm.config import freeze
 from jaxlm.errors import UserError
 from jaxlm.layers.cache import FULL, Quantised
 from jaxlm.models.decoder import Decoder
-from jaxlm.plan import make
+from jaxlm.plan import make, rl
 from jaxlm.plan.make import Generation, Site
 from jaxlm.plan.traced import Live
 from jaxlm.speed import short
@@ -70,7 +70,10 @@ def alternatives(
 ) -> Iterator[tuple[str, FrozenConfigDict, Generation]]:
   """Single changes that may save memory: (what to type, config, generation)."""
   where = "--config."
-  if name == "train":
+  if name in make.RL:
+    for text, new in rl.alternatives(config, name):
+      yield text, changed(config, **new), generation
+  if name in ("train", "update"):
     order = ("none", "dots", "full")
     kind = config.remat if config.remat in order else "dots"
     for remat in order[order.index(kind) + 1 :]:
@@ -82,7 +85,7 @@ def alternatives(
       generation,
     )
     chunk = config.loss_chunk or config.seq_len
-    for new in (512, 128):
+    for new in (512, 128) if name == "train" else ():
       if new < chunk:
         text = f"{where}loss_chunk={new}"
         yield text, changed(config, loss_chunk=new), generation
@@ -101,10 +104,12 @@ def alternatives(
       text = f"{where}parallel.preset={preset}"
       other = {"parallel__preset": preset, "parallel__mesh": ""}
       yield text, changed(config, **other), generation
-  if name != "train" and generation.cache == FULL:
+  if name not in ("prefill", "decode"):
+    return
+  if generation.cache == FULL:
     small = Generation(generation.rows, generation.length, Quantised("int8"))
     yield "--cache=int8", config, small
-  if name != "train" and generation.rows > 1:
+  if generation.rows > 1:
     fewer = Generation(
       generation.rows // 2, generation.length, generation.cache
     )
@@ -132,7 +137,7 @@ def explain(
     most: how many changes to name.
   """
   mesh = where.mesh(config)
-  if name != "train" and not generation.rows:
+  if name in ("prefill", "decode") and not generation.rows:
     rows = recipe.rules(config).ways("batch", mesh)
     generation = Generation(rows, generation.length, generation.cache)
   now = make.traced(config, model, mesh, name, generation).reading()

@@ -22,7 +22,7 @@ IN_PLACE = frozenset(
     *("log", "log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg"),
     *("not", "or", "pow", "rem", "round", "rsqrt", "sign", "sin", "sqrt"),
     *("square", "sub", "tanh", "xor"),
-    *("dynamic_update_slice", "scatter", "scatter-add"),
+    *("dynamic_update_slice", "scatter", "scatter-add", "while"),
   )
 )
 REDUCTIONS = frozenset(
@@ -92,3 +92,24 @@ def spec_text(aval: Any) -> str:
   """How an array is cut, for people: '(fsdp -)', '' where it is whole."""
   parts = [",".join(entry) or "-" for entry in axes_of(aval)]
   return f"({' '.join(parts)})" if any(p != "-" for p in parts) else ""
+
+
+# --- Work -------------------------------------------------------------------
+
+
+def dot_flops(eqn: Any) -> float:
+  """Two for each product: elements of the result times what each sums over."""
+  dims, _ = eqn.params["dimension_numbers"]
+  left, right = (local_shape(v.aval) for v in eqn.invars)
+  # Where only one side is cut, that one is gathered first.
+  each = math.prod(max(left[i], right[j]) for i, j in zip(*dims, strict=True))
+  return 2.0 * math.prod(local_shape(eqn.outvars[0].aval)) * each
+
+
+def ragged_flops(eqn: Any) -> float:
+  """Rows times the one matrix each of them meets."""
+  left, right = (local_shape(v.aval) for v in eqn.invars[:2])
+  out = local_shape(eqn.outvars[0].aval)
+  if len(out) == 2 and len(right) == 3:  # [m, k] x [g, k, n]
+    return 2.0 * math.prod(left) * out[-1]
+  return 2.0 * math.prod(left) * (right[-1] if len(right) else 1)

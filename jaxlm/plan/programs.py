@@ -25,12 +25,14 @@ class Program:
   """One program of a run, traced for a mesh.
 
   Attributes:
-    name: 'train', 'prefill' or 'decode'.
+    name: 'train', 'prefill', 'decode', or one of `plan/rl.py`.
     traced: what `jax.jit(...).trace` gave.
     names: `(kind, path)` of each argument.
     tokens: how many it works on.
     forwards: its model FLOPs in forward passes: 3 in training.
     vocab: of the model.
+    model_flops: all of them, where that is not what follows from these.
+    loops: how often a loop runs whose length is data.
   """
 
   name: str
@@ -39,11 +41,15 @@ class Program:
   tokens: int
   forwards: int
   vocab: int
+  model_flops: float = 0.0
+  loops: int = 1
 
   def reading(self, narrow: bool = True) -> Reading:
     """What can be told before it is compiled; `narrow` as in `traced.read`."""
-    kept = "saved activations" if self.forwards > 1 else "cache"
-    return read(self.traced.jaxpr, self.names, self.vocab, kept, narrow)
+    learns = self.name in ("train", "update")
+    kept = "saved activations" if learns else "cache"
+    given = self.names, self.vocab, kept, narrow, self.loops
+    return read(self.traced.jaxpr, *given)
 
 
 def vocab(config: FrozenConfigDict) -> int:
@@ -74,8 +80,8 @@ def train(config: FrozenConfigDict, model: Decoder, mesh: Mesh) -> Program:
     state, frozen = jax.tree.map(lambda x: placed(x, mesh), (state, frozen))
     batch = train_batch(config, mesh)
     traced = recipe.step(config, model, tx).trace(state, batch, frozen)
-  names = (*_state_names(state), *(("batch", name) for name in batch))
-  names = (*names, *_names("frozen parameters", frozen))
+  names = (*state_names(state), *(("batch", name) for name in batch))
+  names = (*names, *named("frozen parameters", frozen))
   tokens = config.batch_size * config.seq_len
   return Program("train", traced, names, tokens, 3, model.vocab)
 
@@ -121,7 +127,7 @@ def reading_prompts(
       return logits(model, params, x, compute), cache
 
     traced = jax.jit(run).trace(params, tokens, lengths)
-  names = (*_names("parameters", params), ("batch", "tokens"))
+  names = (*named("parameters", params), ("batch", "tokens"))
   names = (*names, ("batch", "lengths"))
   return Program("prefill", traced, names, rows * length, 1, model.vocab)
 
@@ -153,7 +159,7 @@ def writing_tokens(
 
     jitted = jax.jit(run, donate_argnums=1)
     traced = jitted.trace(params, cache, tokens, position)
-  names = (*_names("parameters", params), *_names("cache", cache))
+  names = (*named("parameters", params), *named("cache", cache))
   names = (*names, ("batch", "tokens"), ("batch", "positions"))
   return Program("decode", traced, names, rows, 1, model.vocab)
 
@@ -195,11 +201,12 @@ def _rows(
   return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
 
 
-def _names(kind: str, tree: Tree) -> tuple[tuple[str, str], ...]:
+def named(kind: str, tree: Tree) -> tuple[tuple[str, str], ...]:
+  """`(kind, path)` of each array of a tree."""
   return tuple((kind, path) for path in param.paths(tree))
 
 
-def _state_names(state: Any) -> tuple[tuple[str, str], ...]:
+def state_names(state: Any) -> tuple[tuple[str, str], ...]:
   """What each array of a training state is."""
   kinds = {"params": "parameters", "ema": "parameters", "step": "batch"}
   found = []

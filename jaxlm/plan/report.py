@@ -58,6 +58,26 @@ def facts(
     "programs": {
       o.name: _program(plan, o, tokens, price) for o in plan.outcomes
     },
+    "step": _step(plan),
+  }
+
+
+def _step(plan: Plan) -> dict[str, Any] | None:
+  """A step of PPO or GRPO: its programs, one after the other."""
+  times = {o.name: o.times for o in plan.outcomes}
+  if plan.step is None or not times.keys() >= plan.step.runs().keys():
+    return None
+  runs, rows = plan.step.runs(), plan.step.options.rows
+  seconds = {
+    "overlapped": sum(n * times[name].least for name, n in runs.items()),
+    "serial": sum(n * times[name].most for name, n in runs.items()),
+  }
+  return {
+    "runs": runs,
+    "samples": rows,
+    "tokens": plan.step.options.tokens,
+    "seconds": seconds,
+    "samples_per_second": {k: rows / s for k, s in seconds.items()},
   }
 
 
@@ -148,6 +168,8 @@ def text(found: dict[str, Any]) -> str:
   parts = [_table(head)]
   for name, p in found["programs"].items():
     parts.append(f"{name}\n" + _table(rows(p, found)))
+  if found["step"]:
+    parts.append("step\n" + _table(_step_rows(found)))
   return "\n\n".join(parts)
 
 
@@ -223,7 +245,7 @@ def _time_rows(p: dict[str, Any]) -> list[Row]:
     made.append(("on the chip", _time(s["compiler"]), rule))
   made.append(
     (
-      "a step takes",
+      "it takes",
       f"{_time(s['overlapped'])} to {_time(s['serial'])}",
       f"overlapped or one after the other*; bound by {s['bound']}",
     )
@@ -234,6 +256,29 @@ def _time_rows(p: dict[str, Any]) -> list[Row]:
   speed = f"{short(t['serial'])} to {short(t['overlapped'])}"
   made.append(("tokens a second", speed, "*estimate"))
   return made
+
+
+def _step_rows(found: dict[str, Any]) -> list[Row]:
+  """A step of PPO or GRPO on a terminal."""
+  step, programs = found["step"], found["programs"]
+  s, rate = step["seconds"], step["samples_per_second"]
+  runs = ", ".join(f"{n} x {name}" for name, n in step["runs"].items())
+  fullest = max(step["runs"], key=lambda n: programs[n]["memory"]["total"])
+  most = programs[fullest]["memory"]["total"]
+  samples = f"{step['samples']:,} responses of {step['tokens']:,} tokens"
+  return [
+    ("memory per device", f"{short(most)}B", f"the fullest is {fullest}"),
+    (
+      "a step takes",
+      f"{_time(s['overlapped'])} to {_time(s['serial'])}",
+      f"{runs}*; without what judges the responses",
+    ),
+    (
+      "samples a second",
+      f"{short(rate['serial'])} to {short(rate['overlapped'])}",
+      f"{samples}; *estimate",
+    ),
+  ]
 
 
 def _budget_rows(p: dict[str, Any]) -> list[Row]:

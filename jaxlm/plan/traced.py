@@ -25,9 +25,11 @@ from jaxlm.plan.ops import (
   REDUCTIONS,
   automatic,
   axes_of,
+  dot_flops,
   flat,
   local_shape,
   n_bytes,
+  ragged_flops,
   spec_text,
 )
 
@@ -96,6 +98,7 @@ def read(
   vocab: int = 0,
   kept: str = "saved activations",
   narrow: bool = True,
+  loops: int = 1,
 ) -> Reading:
   """Reads a closed jaxpr.
 
@@ -106,8 +109,9 @@ def read(
     kept: what scans collect: activations, or a cache where nothing is learned.
     narrow: partial sums travel in the dtype they are cast to right away, as
       the TPU's compiler has it, or else in their own.
+    loops: how often a loop runs whose length is data.
   """
-  return _Reader(vocab, kept, narrow).program(jaxpr.jaxpr, names)
+  return _Reader(vocab, kept, narrow, loops).program(jaxpr.jaxpr, names)
 
 
 # --- The walk ---------------------------------------------------------------
@@ -116,8 +120,9 @@ def read(
 class _Reader:
   """Walks through a program; `read` is its only use."""
 
-  def __init__(self, vocab: int, kept: str, narrow: bool):
+  def __init__(self, vocab: int, kept: str, narrow: bool, loops: int):
     self._vocab, self._kept, self._narrow = vocab, kept, narrow
+    self._loops = loops
     self._found = Reading()
     # Inside a part that is placed automatically the types say nothing; what
     # goes in cut is taken to stay cut, except by what sums over it.
@@ -142,6 +147,8 @@ class _Reader:
     Arrays that the caller holds are not in `held`, and count as nothing here.
     """
     last = _last_uses(jaxpr)
+    unread = [v for v in held if last[v] < 0]  # and there all the same
+    last |= dict.fromkeys(unread, len(jaxpr.eqns))
     wanted = _wanted(jaxpr)
     live, now = dict(held), sum(x.bytes for x in held.values())
     best, best_live = now, list(live.values())
@@ -164,10 +171,10 @@ class _Reader:
       if free:
         continue
       if eqn.primitive.name in IN_PLACE:
-        for v in dying:
+        for v in [v for v in dying if v in _replaced(eqn)]:
           if last[v] == i:
             now -= live.pop(v).bytes
-        dying = []
+        dying = [v for v in dying if v in live]
       live |= made
       now += sum(x.bytes for x in made.values())
       if now + inside > best:
@@ -185,9 +192,9 @@ class _Reader:
     """Counts an operation; its own working memory beside what it returns."""
     name = eqn.primitive.name
     if name == "dot_general":
-      self._count(eqn, times, _dot_flops(eqn))
+      self._count(eqn, times, dot_flops(eqn))
     elif name.startswith("ragged_dot"):
-      self._count(eqn, times, _ragged_flops(eqn))
+      self._count(eqn, times, ragged_flops(eqn))
     elif name == "scan":
       return self._scan(eqn, times, scope)
     elif name == "pallas_call":
@@ -195,8 +202,8 @@ class _Reader:
       return 0, []
     elif name == "cond":
       return self._cond(eqn, times, scope)
-    elif name == "while":  # how often is data; the body counts once
-      return self._walk(eqn.params["body_jaxpr"].jaxpr, times, {}, scope)
+    elif name == "while":  # how often is data
+      return self._while(eqn, times, scope)
     else:
       inner = _inner(eqn)
       if inner is not None:
@@ -248,6 +255,16 @@ class _Reader:
     made = sum(n_bytes(v.aval) for v in body.outvars)
     return max(0, peak - made), live
 
+  def _while(self, eqn: Any, times: int, scope: str) -> tuple[int, list[Live]]:
+    """Once through the body; what it returns lies where its carry lies."""
+    body = eqn.params["body_jaxpr"].jaxpr
+    peak, live = self._call(eqn, body, times * self._loops, scope)
+    for v in body.outvars:
+      like = (x for x in live if (x.shape, x.dtype) == _form(v.aval))
+      if (one := next(like, None)) is not None:
+        live.remove(one)
+    return peak, live
+
   def _cond(self, eqn: Any, times: int, scope: str) -> tuple[int, list[Live]]:
     """The branch with the most work; of equal ones, where the least travels.
 
@@ -282,8 +299,9 @@ class _Reader:
     grid = eqn.params["grid_mapping"].grid
     steps = math.prod(n for n in grid if isinstance(n, int))
     outside, self._found = self._found, Reading()
+    loops, self._loops = self._loops, 1  # of a kernel, its own
     self._walk(eqn.params["jaxpr"], 1, {}, "")
-    inside, self._found = self._found, outside
+    inside, self._found, self._loops = self._found, outside, loops
     for dtype, flops in inside.flops.items():
       self._found.flops[dtype] += times * steps * flops
       self._found.kernels[dtype] += times * steps * flops
@@ -366,6 +384,10 @@ class _Reader:
     backward = "transpose" in scope
     if self._vocab and v.aval.shape[-1:] == (self._vocab,) and v.aval.ndim > 2:
       return "logits"
+    if "gathered" in scope.split("/"):
+      return "gathered weights"
+    if eqn.primitive.name == "while" and v.aval.ndim > 3:
+      return self._kept
     if eqn.primitive.name == "scan":
       carry = eqn.outvars.index(v) < eqn.params["num_carry"]
       if not carry:
@@ -381,6 +403,10 @@ def _live(aval: Any, kind: str, name: str) -> Live:
   return Live(
     name, kind, tuple(aval.shape), dtype, spec_text(aval), n_bytes(aval)
   )
+
+
+def _form(aval: Any) -> tuple[tuple[int, ...], str]:
+  return tuple(aval.shape), str(aval.dtype)
 
 
 def _label(eqn: Any, scope: str) -> str:
@@ -420,6 +446,15 @@ def _last_uses(jaxpr: Jaxpr) -> dict[Var, int]:
   return last | {v: len(jaxpr.eqns) for v in _vars(jaxpr.outvars)}
 
 
+def _replaced(eqn: Any) -> set[Var]:
+  """What the result may lie in: of a loop, not what it only reads."""
+  p = eqn.params
+  first = 0
+  if eqn.primitive.name == "while":
+    first = p["cond_nconsts"] + p["body_nconsts"]
+  return set(_vars(eqn.invars[first:]))
+
+
 def _wanted(jaxpr: Jaxpr) -> dict[Var, Any]:
   """What becomes of arrays that are only cast or turned."""
   uses: dict[Var, list[Any]] = {}
@@ -447,31 +482,6 @@ def _inner(eqn: Any) -> Jaxpr | None:
     if inner is not None:
       return getattr(inner, "jaxpr", inner)
   return None
-
-
-# --- Work -------------------------------------------------------------------
-
-
-def _dot_flops(eqn: Any) -> float:
-  """Two for each product: elements of the result times what each sums over."""
-  dims, _ = eqn.params["dimension_numbers"]
-  left, right = (local_shape(v.aval) for v in eqn.invars)
-  # Where only one side is cut, that one is gathered first.
-  each = math.prod(max(left[i], right[j]) for i, j in zip(*dims, strict=True))
-  return 2.0 * math.prod(_out_local(eqn)) * each
-
-
-def _out_local(eqn: Any) -> tuple[int, ...]:
-  return local_shape(eqn.outvars[0].aval)
-
-
-def _ragged_flops(eqn: Any) -> float:
-  """Rows times the one matrix each of them meets."""
-  left, right = (local_shape(v.aval) for v in eqn.invars[:2])
-  out = _out_local(eqn)
-  if len(out) == 2 and len(right) == 3:  # [m, k] x [g, k, n]
-    return 2.0 * math.prod(left) * out[-1]
-  return 2.0 * math.prod(left) * (right[-1] if len(right) else 1)
 
 
 def seconds(flops: Counter, peak: Callable[[str], float]) -> float:

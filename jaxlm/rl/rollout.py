@@ -247,7 +247,8 @@ def _cast(model: Decoder, params: Tree, draw: Draw, compute: Compute) -> Tree:
     {name: params[name] for name in tree},
   )
   if draw.gathered and compute.rules is not None:
-    params = move(params, tree, compute.rules.computed_spec)
+    with jax.named_scope("gathered"):
+      params = move(params, tree, compute.rules.computed_spec)
   if not compute.unroll:
     return params
   return params | {"layers": layers_apart(model, params["layers"])}
