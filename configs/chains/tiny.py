@@ -65,8 +65,7 @@ def get_chain(quick: bool = False) -> Chain:
           "seq_len": 32,
           "batch_size": 32,
           "steps": 300,
-          # Right answers to all prompts score alike, so that a critic can
-          # learn what to expect.
+          # Right answers to all prompts score alike.
           "objective.centre": 0.01,
         }
         | few,
@@ -75,8 +74,8 @@ def get_chain(quick: bool = False) -> Chain:
         "ppo",
         "rl.ppo",
         "configs/ppo.py",
-        # Drawn at 0.7, one answer in four is right, not one in eleven. The
-        # critic learns by its head, not at the cost of what the trunk knows.
+        # Drawn at 0.7, one answer in four is right, not one in eleven; at 1
+        # the likeliest answers became worse (docs/chain.md).
         reinforced(
           "ppo",
           reward="{reward}",
