@@ -119,7 +119,8 @@ def jaxlm_step(what: str, size: str, precision: str) -> Callable[[], None]:
     for epoch in range(UPDATES[what]):
       order = collect.order(ROWS, 0, step, epoch)
       state, told = update(state, collect.cut(batch, order, 1, 1))
-    now = {k: float(x[-1]) for k, x in told.items()} | collect.numbers(got)
+    now = {k: float(np.asarray(x)[-1]) for k, x in told.items()}
+    now |= collect.numbers(got)
     memory = memory.after(now, r.rewards)
     step += 1
 

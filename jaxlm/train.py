@@ -287,9 +287,11 @@ def _train(
     return state
   plot = metrics.plot_loss(workdir)
   used = speed.memory()["host"]
-  print(
-    f"done     {speed.short(clock.mean())} tok/s, {speed.short(used)}B peak"
+  rate = clock.mean()
+  told = (
+    "nothing left to do" if math.isnan(rate) else speed.short(rate) + " tok/s"
   )
+  print(f"done     {told}, {speed.short(used)}B peak")
   print(f"plot     {plot}")
   if isinstance(trained.model(model), Decoder):  # it can talk
     print(f"sample   python -m jaxlm.generate --workdir={workdir}")

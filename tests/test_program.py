@@ -84,6 +84,7 @@ program.run(main)
 def test_process_keeps_its_compiled_code_and_takes_a_closed_pipe(tmp_path):
   """One real process: `program | head -1` is quiet, and leaves a cache."""
   clean = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+  clean["XLA_FLAGS"] = ""  # one device; several keep none
   with subprocess.Popen(
     [sys.executable, "-c", SCRIPT],
     stdout=subprocess.PIPE,

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 from jaxlm.errors import UserError
 from jaxlm.layers.at import At
-from jaxlm.layers.cache import FULL, empty
+from jaxlm.layers.cache import FULL, empty, number
 from jaxlm.layers.compute import Compute, active_mesh
 from jaxlm.layers.param import path_name, paths
 from jaxlm.layers.recurrent import place
@@ -92,7 +92,7 @@ def new_cache(
   model: Decoder, batch: int, length: int, compute: Compute, kind: Any = FULL
 ) -> Tree:
   """An empty cache; its layers are apart where they are written out."""
-  cache = empty(model.cache(batch, length, kind), compute.jnp_dtype, compute)
+  cache = empty(model.cache(batch, length, kind), number(compute), compute)
   return layers_apart(model, cache) if compute.unroll else cache
 
 

@@ -15,7 +15,7 @@ from jaxlm.generate.methods import Asked, Draw, Method
 from jaxlm.generate.new import New
 from jaxlm.generate.prompts import pad_left, row_keys
 from jaxlm.generate.samplers import make_sampler
-from jaxlm.layers.cache import n_bytes
+from jaxlm.layers.cache import n_bytes, number
 from jaxlm.layers.compute import Compute
 from jaxlm.models.decoder import Decoder
 
@@ -344,7 +344,7 @@ class Writer:
     rows = len(asked.lengths) * self.method.rows(asked.samples)
     length = min(decode.rounded(int(asked.lengths.max()) + asked.n - 1), most)
     cache = self.model.cache(rows, length, self.method.cache)
-    size = n_bytes(cache, self.compute.jnp_dtype)
+    size = n_bytes(cache, number(self.compute))
     self.figures.cache_bytes = max(self.figures.cache_bytes, size)
 
   def _nothing(self) -> Sequence[int]:

@@ -309,14 +309,17 @@ class Attention:
       self.position, RelativeBias
     ):  # what was read is then not read after all
       return self._follow(p, q, cache, where, compute), cache
-    k, v = seen["k"].astype(q.dtype), seen["v"].astype(q.dtype)
+    # A single query is multiplied with keys as they are kept.
+    wide = kv.number(compute) if q.shape[1] == 1 else q.dtype
+    q, k, v = (y.astype(wide) for y in (q, seen["k"], seen["v"]))
     keys = At(positions=seen["positions"], blocks=seen.get("blocks"))
     near, moved = kind.near(where), None
     if near is not None and isinstance(self.position, Rope | Alibi):
-      first = self.queries(p, x, at, near)
+      first = self.queries(p, x, at, near).astype(wide)
       moved = Moved(first, near, kv.window_of(kind).sinks)
     mask = kind.sees(self.mask)
-    return self.weigh(p, q, k, v, at, keys, compute, mask, moved), cache
+    y = self.weigh(p, q, k, v, at, keys, compute, mask, moved)
+    return y.astype(x.dtype), cache
 
   def _follow(self, p, q, cache, where, compute: Compute) -> Array:
     """One query per row, to the pages of the cache where they lie."""

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxlm.errors import UserError
-from jaxlm.layers.compute import DEFAULT, Compute, active_mesh
+from jaxlm.layers.compute import DEFAULT, Compute, active_mesh, platform
 from jaxlm.layers.mask import Causal, Mask, PrefixLM, Sliding
 from jaxlm.layers.param import ZEROS, Constant, Param, init, paths
 from jaxlm.layers.position import Dynamic, LongRope, Rope
@@ -322,6 +322,15 @@ def empty(
     return place(x, p.axes, compute)
 
   return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, Param))
+
+
+def number(compute: Compute) -> Any:
+  """The dtype of what is remembered, where nothing says another.
+
+  That of the work; but float32 on a CPU, where XLA would widen all of a cache
+  of short floats, and narrow it again, for every token that is written.
+  """
+  return jnp.float32 if platform() == "cpu" else compute.jnp_dtype
 
 
 def n_bytes(tree: Any, dtype: Any = jnp.float32) -> int:

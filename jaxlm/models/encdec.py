@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxlm.errors import UserError
 from jaxlm.layers.at import At
 from jaxlm.layers.attention import Attention
-from jaxlm.layers.cache import empty
+from jaxlm.layers.cache import empty, number
 from jaxlm.layers.compute import DEFAULT, Compute
 from jaxlm.layers.param import Param, count, gather, stack
 from jaxlm.layers.relative import RelativeBias
@@ -352,7 +352,7 @@ def _greedy(
   model, n, compute = how
   batch, keys = inputs.shape
   context = encode(model, params, inputs, sources, compute)
-  cache = empty(model.cache(batch, n, keys), compute.jnp_dtype)
+  cache = empty(model.cache(batch, n, keys), number(compute))
 
   def step(cache, last, ended, i, *read):
     at = At(positions=jnp.broadcast_to(i, (batch, 1)))

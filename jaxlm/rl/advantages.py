@@ -66,6 +66,7 @@ class Running:
     return jnp.where(self.count > 1.0, jnp.sqrt(var), 1.0)
 
 
+@jax.jit
 def seen(running: Running, x: Array) -> Running:
   """`running` with the rewards `x` [rows] added to it.
 

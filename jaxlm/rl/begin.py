@@ -167,11 +167,11 @@ class Memory:
   @property
   def rewards(self) -> Running:
     """`running` as arrays."""
-    return Running(*(jnp.float32(x) for x in self.running))
+    return Running(*(np.float32(x) for x in self.running))
 
   def after(self, now: Mapping[str, float], earned: np.ndarray) -> "Memory":
     """One step later: metrics `now`, rewards `earned` [rows]."""
-    r = seen(self.rewards, jnp.asarray(earned))
+    r = jax.device_get(seen(self.rewards, earned))
     running = (float(r.count), float(r.mean), float(r.squares))
     first = self.first or dict(now)
     return replace(self, step=self.step + 1, running=running, first=first)

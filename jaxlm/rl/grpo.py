@@ -14,6 +14,7 @@ bits it would have had.
 """
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -221,6 +222,7 @@ def objective(actor: Actor, o: GRPO, compute: Compute) -> Callable:
   return loss_fn
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def advantage(o: GRPO, earned: np.ndarray, running: Running) -> Array:
   """Of each response, `[rows]`, from rewards `[rows]` in whole groups."""
   r = jnp.asarray(earned).reshape(-1, o.samples)
