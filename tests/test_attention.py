@@ -179,6 +179,21 @@ def test_every_option_in_every_form(name: str, form: str):
   np.testing.assert_allclose(out, want, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_one_query_of_several_rows(name: str, groups: int):
+  """A CPU takes all key heads as one then: the numbers are the same."""
+  q, k = draw(3, 1, 4, 8), draw(3, 20, groups, 8, seed=1)
+  v, options = draw(3, 20, groups, 6, seed=2), OPTIONS[name]
+  at = At(positions=np.array([[19], [7], [12]]))
+  keys = At(positions=np.tile(np.arange(20), (3, 1)))
+  by = [
+    run(form, q, k, v, Sliding(9), at, keys, **options)
+    for form in ("blocks", "reference")
+  ]
+  np.testing.assert_allclose(*by, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("form", ["blocks"])  # flash: its own tests
 @pytest.mark.parametrize("t", [1, 63, 64, 65, 150])
 @pytest.mark.parametrize("name", ["causal", "sliding", "chunked", "full"])
