@@ -152,7 +152,7 @@ def first(
   static_argnums=0,
   donate_argnums=2,
   # The whole vectors of a CPU that has them, where LLVM prefers halves of them:
-  # one row then reads weights 8 % faster. Other compilers pass over it.
+  # one row alone is then 8 % faster. Other compilers pass over it.
   compiler_options={"xla_cpu_prefer_vector_width": 512},
 )
 def extend(method: Method, given: Given, state: State, until: Array) -> State:
