@@ -628,11 +628,11 @@ def test_rows_travel_alike_on_every_platform(monkeypatch, most: int):
     homes = [jnp.zeros_like(x)] * 2
     for i in range(-(-24 // most)):
       part = plan.round(jnp.int32(i), most)
-      one = exchange._there_ragged(x, zeros, part)
-      other = exchange._there_padded(x, zeros, part)
+      one = exchange._ragged(x, zeros, part)
+      other = exchange._padded(x, zeros, part)
       homes = [
-        exchange._back_ragged(2.0 * one, homes[0], part),
-        exchange._back_padded(2.0 * other, homes[1], part),
+        exchange._ragged(2.0 * one, homes[0], part.back),
+        exchange._padded(2.0 * other, homes[1], part.back),
       ]
       seen += [one, other]
     return *homes, *seen

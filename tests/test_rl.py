@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny_models import FAMILIES, random_params
+from tiny_models import FAMILIES, random_params, save_adder
 
 import jaxlm
 from jaxlm import metrics, program, recipe, workdir
@@ -160,11 +160,7 @@ KEYS = {
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
   """A model that knows nothing, with a tokenizer for sums."""
-  path = tmp_path_factory.mktemp("base") / "model"
-  tokenizer = Chars("0123456789+=", ["<|endoftext|>"])
-  model = gpt2.decoder(tokenizer.vocab_size, 16, 1, 2, 16)
-  jaxlm.save(path, model, random_params(model), tokenizer)
-  return path
+  return save_adder(tmp_path_factory.mktemp("base") / "model", 16, 1, 2)
 
 
 def run(which, base: Path, workdir: Path, *keys: str):

@@ -5,15 +5,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny_models import FAMILIES, random_params
+from tiny_models import FAMILIES, random_params, save_adder
 
-import jaxlm
 from jaxlm import config, keys, metrics, program
-from jaxlm.data.tokenizers import Chars
 from jaxlm.errors import UserError
 from jaxlm.layers import param
 from jaxlm.layers.compute import Compute
-from jaxlm.models.families import gpt2
 from jaxlm.models.heads import ScalarHead
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.parallel.rules import preset
@@ -39,11 +36,7 @@ OWN = {
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
   """A model that knows nothing, with a tokenizer for sums."""
-  path = tmp_path_factory.mktemp("base") / "model"
-  tokenizer = Chars("0123456789+=", ["<|endoftext|>"])
-  model = gpt2.decoder(tokenizer.vocab_size, 32, 1, 8, 16)
-  jaxlm.save(path, model, random_params(model), tokenizer)
-  return path
+  return save_adder(tmp_path_factory.mktemp("base") / "model", 32, 1, 8)
 
 
 def run(which, base: Path, workdir: Path, *keys: str, devices: int = 8):
@@ -113,8 +106,8 @@ def test_rollouts_on_a_mesh():
   """
   model = FAMILIES["llama"]
   head = ScalarHead(model.dim)
-  actor, params = Actor(model, head), random_params(model)
-  params |= {"value": random_params(head)}
+  actor = Actor(model, head)
+  params = random_params(model) | {"value": random_params(head)}
   rng = np.random.default_rng(0)
   prompts = rng.integers(1, model.vocab, (6, 5)).astype(np.int32)
   lengths = np.int32([5, 1, 3, 2, 5, 4])

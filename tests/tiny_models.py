@@ -1,11 +1,14 @@
 """Small decoders that between them use every slot, with random parameters."""
 
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm import save
+from jaxlm.data.tokenizers import Chars
 from jaxlm.layers.attention import Attention
 from jaxlm.layers.mask import Causal, Chunked, Sliding
 from jaxlm.layers.mlp import GLU, MLP, gelu, silu
@@ -107,3 +110,11 @@ def random_tokens(*shape: int, seed: int = 0):
   """Tokens of the shared vocabulary, int32."""
   rng = np.random.default_rng(seed)
   return jnp.asarray(rng.integers(0, VOCAB, shape), jnp.int32)
+
+
+def save_adder(path: Path, dim: int, layers: int, heads: int) -> Path:
+  """A model that knows nothing, with a tokenizer for sums; its directory."""
+  tokenizer = Chars("0123456789+=", ["<|endoftext|>"])
+  model = gpt2.decoder(tokenizer.vocab_size, dim, layers, heads, 16)
+  save(path, model, random_params(model), tokenizer)
+  return path

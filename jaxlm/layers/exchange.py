@@ -146,6 +146,18 @@ class Plan:
     """How many rows each group here gets."""
     return jnp.sum(self.theirs, axis=0)
 
+  @property
+  def back(self) -> "Plan":
+    """The same rows, sent home."""
+    return self.replace(
+      sizes=self.arriving,
+      starts=self.landing,
+      places=self.origins,
+      arriving=self.sizes,
+      origins=self.places,
+      landing=self.starts,
+    )
+
   def round(self, i: Array, most: int) -> "Plan":
     """Of the i-th `most` rows that arrive on each device."""
     first = i * most
@@ -205,17 +217,15 @@ def arrived(rows: Tree, part: Plan, most: int) -> Tree:
 
 def returned(y: Array, part: Plan, onto: Array) -> Array:
   """Rows `[most, ...]` of a round back home, written `onto` `[rows, ...]`."""
-  y = y[jnp.argsort(_by_group(part, len(y)))]
-  return jax.lax.platform_dependent(
-    y, onto, part, cpu=_back_padded, default=_back_ragged
-  )
+  return _moved(y[jnp.argsort(_by_group(part, len(y)))], onto, part.back)
 
 
 def _sent(x: Array, part: Plan, most: int) -> Array:
-  onto = jnp.zeros((most, *x.shape[1:]), x.dtype)
-  return jax.lax.platform_dependent(
-    x, onto, part, cpu=_there_padded, default=_there_ragged
-  )
+  return _moved(x, jnp.zeros((most, *x.shape[1:]), x.dtype), part)
+
+
+def _moved(x: Array, onto: Array, part: Plan) -> Array:
+  return jax.lax.platform_dependent(x, onto, part, cpu=_padded, default=_ragged)
 
 
 def _by_group(part: Plan, most: int) -> Array:
@@ -227,7 +237,7 @@ def _by_group(part: Plan, most: int) -> Array:
   return jnp.argsort(jnp.where(place < ends[-1], found % n, n), stable=True)
 
 
-def _there_ragged(x: Array, onto: Array, part: Plan) -> Array:
+def _ragged(x: Array, onto: Array, part: Plan) -> Array:
   return jax.lax.ragged_all_to_all(
     x,
     onto,
@@ -239,37 +249,11 @@ def _there_ragged(x: Array, onto: Array, part: Plan) -> Array:
   )
 
 
-def _back_ragged(y: Array, onto: Array, part: Plan) -> Array:
-  return jax.lax.ragged_all_to_all(
-    y,
-    onto,
-    part.landing,
-    part.arriving,
-    part.origins,
-    part.sizes,
-    axis_name=part.axis,
-  )
-
-
-# With the room: a table of as many rows for each pair as one can have.
-
-
-def _there_padded(x: Array, onto: Array, part: Plan) -> Array:
-  there = part.landing, part.arriving
-  return _padded(x, part.starts, onto, *there, part.axis)
-
-
-def _back_padded(y: Array, onto: Array, part: Plan) -> Array:
-  there = part.starts, part.sizes
-  return _padded(y, part.landing, onto, *there, part.axis)
-
-
-def _padded(
-  x: Array, starts: Array, onto: Array, places: Array, counts: Array, axis: str
-) -> Array:
-  """Sends rows from `starts`; `counts` come to `places` of `onto`."""
+def _padded(x: Array, onto: Array, part: Plan) -> Array:
+  """The same by a table of as many rows for each pair as one can have."""
   i = jnp.arange(min(len(x), len(onto)), dtype=jnp.int32)[None]
-  table = x.at[starts[:, None] + i].get(mode="clip")
-  table = jax.lax.all_to_all(table, axis, 0, 0)
-  to = jnp.where(i < counts[:, None], places[:, None] + i, len(onto))
+  table = x.at[part.starts[:, None] + i].get(mode="clip")
+  table = jax.lax.all_to_all(table, part.axis, 0, 0)
+  here = i < part.arriving[:, None]
+  to = jnp.where(here, part.landing[:, None] + i, len(onto))
   return onto.at[to].set(table, mode="drop")

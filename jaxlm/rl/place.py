@@ -6,6 +6,7 @@ the axes that cut one in training, and each device writes, scores and learns
 from the responses it has.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -55,13 +56,7 @@ def rows(tree: Tree, rules: Rules | None) -> Tree:
 
   Where there is no mesh, or one of one device, they stay as they are.
   """
-  here = jax.sharding.get_mesh()
-  if rules is None or here.empty or here.size == 1:
-    return tree
-
-  return jax.tree.map(
-    lambda x: jax.device_put(x, of_rows(rules, x.shape, here)), tree
-  )
+  return _put(tree, rules, of_rows)
 
 
 def of_rows(rules: Rules, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
@@ -72,9 +67,14 @@ def of_rows(rules: Rules, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
 
 def parts(tree: Tree, rules: Rules | None) -> Tree:
   """The same for leaves as a step takes them, `[steps, parts, rows, ...]`."""
+  return _put(tree, rules, recipe.batch_place)
+
+
+def _put(tree: Tree, rules: Rules | None, where: Callable) -> Tree:
+  """Leaves where `where(rules, shape, mesh)` says."""
   here = jax.sharding.get_mesh()
   if rules is None or here.empty or here.size == 1:
     return tree
   return jax.tree.map(
-    lambda x: jax.device_put(x, recipe.batch_place(rules, x.shape, here)), tree
+    lambda x: jax.device_put(x, where(rules, x.shape, here)), tree
   )
