@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from jaxlm.errors import UserError
 from jaxlm.generate.filters import Temperature, TopK, TopP
-from jaxlm.generate.samplers import Greedy, Sample, make_sampler
+from jaxlm.generate.samplers import Greedy, Sample, largest, make_sampler
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -203,3 +203,19 @@ def test_senseless_values_are_refused(make, words: str):
   """When the sampler is made, not in the middle of a text."""
   with pytest.raises(UserError, match=words):
     make()
+
+
+def test_largest_is_the_first_argmax():
+  """Ties, infinities, and rows where nothing is left."""
+  x = np.stack(list(cases(30)))
+  x[3] = -np.inf
+  x[4, 5:7] = np.inf
+  np.testing.assert_array_equal(largest(jnp.asarray(x)), np.argmax(x, axis=-1))
+
+
+def test_draws_are_those_of_categorical():
+  """JAX's own draw from the same key."""
+  x = jax.random.normal(jax.random.key(0), (50, 17), jnp.float32)
+  key = jax.random.key(1)
+  want = jax.random.categorical(key, x)
+  np.testing.assert_array_equal(Sample()(x, key), want)

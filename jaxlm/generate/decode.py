@@ -27,7 +27,7 @@ from jaxlm.generate.samplers import Greedy, Sampler
 from jaxlm.generate.step import UNROLLED
 from jaxlm.layers.cache import FULL
 from jaxlm.layers.compute import Compute
-from jaxlm.layers.kernels.halves import pair
+from jaxlm.layers.kernels import row
 from jaxlm.layers.param import map_params
 from jaxlm.models.decoder import Decoder, layers_apart
 
@@ -210,8 +210,8 @@ def ready(model: Decoder, params: Tree, compute: Compute = UNROLLED) -> Tree:
     return params
   if not compute.unroll:
     return _ready(model, params, compute)
-  table = ("embed", "tokens") if model.tied else ("head",)
-  return pair(_ready(model, params, compute), (("layers",), table))
+  wanted = (("layers",), ("embed", "tokens"), ("head",))
+  return row.ready(_ready(model, params, compute), wanted)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))

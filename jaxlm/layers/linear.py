@@ -1,4 +1,4 @@
-"""`dot`: the one matmul of the library."""
+"""`dot`: the one matmul of the library; `lookup` of rows of a table."""
 
 import functools
 import math
@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 
 from jaxlm.layers.compute import active_mesh
 from jaxlm.layers.kernels.grouped import Grouped
-from jaxlm.layers.kernels.halves import Halves
+from jaxlm.layers.kernels.row import Rowwise
 
 Array = jax.Array
 
@@ -32,7 +32,7 @@ def _parse(spec: str) -> int:
 
 def dot(
   x: Array,
-  w: Array | Grouped | Halves,
+  w: Array | Grouped | Rowwise,
   spec: str,
   out_sharding: PartitionSpec | None = None,
   dtype: Any = None,
@@ -49,7 +49,7 @@ def dot(
     w: weight `[in..., out...]`, in any float dtype: a float32 master weight
       gets a float32 gradient, whatever the dtype of `x`. Or a weight for each
       group of rows, where `x` is rows sorted by group (experts); or one that
-      a CPU reads as integers where `x` is a single row (`Halves`).
+      a CPU reads in its own way where `x` is a single row (`Rowwise`).
     spec: einsum notation, as in `'btd,dnh->btnh'`; it documents the shapes and
       is checked against the layout above.
     out_sharding: where the result lies; needed where a contracted axis is
@@ -79,9 +79,23 @@ def dot(
   return y.astype(dtype).reshape(*lead, *outer)
 
 
-def _flat(x: Array, w: Array | Halves) -> Array:
+def lookup(
+  table: Array | Rowwise,
+  index: Array,
+  out_sharding: PartitionSpec | None = None,
+) -> Array:
+  """Rows of a table `[rows, dim]` by index `[...]`: `[..., dim]`.
+
+  An index outside gets the nearest row.
+  """
+  if isinstance(table, Rowwise):
+    return table.lookup(index)
+  return table.at[index].get(mode="clip", out_sharding=out_sharding)
+
+
+def _flat(x: Array, w: Array | Rowwise) -> Array:
   """`x` [rows, in] times `w` [in..., out...], float32 [rows, out]."""
-  if isinstance(w, Halves):
+  if isinstance(w, Rowwise):
     y = w.row(x) if len(x) == 1 else None
     if y is not None:
       return y

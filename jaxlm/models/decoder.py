@@ -21,7 +21,7 @@ from jaxlm.layers.compute import DEFAULT, Compute, active_mesh
 from jaxlm.layers.context import divide, restore, undivided, ways
 from jaxlm.layers.dropout import dropout
 from jaxlm.layers.latent import LatentAttention
-from jaxlm.layers.linear import dot
+from jaxlm.layers.linear import dot, lookup
 from jaxlm.layers.mlp import GLU, MLP
 from jaxlm.layers.moe import MoE
 from jaxlm.layers.norm import Norm, soft_cap
@@ -354,8 +354,7 @@ def embed(
     x = tokens.astype(dtype)
   else:
     _check(model, tokens)
-    x = p["tokens"].at[tokens].get(mode="clip", out_sharding=spec)
-    x = x.astype(dtype)
+    x = lookup(p["tokens"], tokens, spec).astype(dtype)
   if model.embed_scale != 1.0:
     x = x * jnp.asarray(model.embed_scale, dtype)
   if model.positions is not None:
