@@ -54,8 +54,19 @@ def test_row_is_the_product(turned, dtype, n_in, n_out):
   turn = rowwise(jnp.asarray(np.asarray(w).T.copy())).T
   weight = turn if turned else rowwise(w)
   x = matrix(n_in, 1, dtype).T
-  assert (weight.row(x) is not None) or n_in != 256
+  assert (weight.times(x) is not None) or n_in != 256
   y = dot(x, weight, "bi,io->bo", dtype=jnp.float32)
+  want = np.asarray(x, np.float32) @ np.asarray(w, np.float32)
+  np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [2, 16, 17])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_several_rows_meet_a_transposed_weight(dtype, rows):
+  """As it lies, by stretches where rows are few."""
+  w, x = matrix(48, 20, dtype), matrix(48, rows, dtype).T
+  turned = rowwise(jnp.asarray(np.asarray(w).T.copy())).T
+  y = dot(x, turned, "bi,io->bo", dtype=jnp.float32)
   want = np.asarray(x, np.float32) @ np.asarray(w, np.float32)
   np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
 
@@ -73,7 +84,7 @@ def test_heads_and_several_rows():
 def test_a_row_of_another_dtype_is_multiplied_as_ever():
   """The dtype of the activations says how much is rounded."""
   x = matrix(16, 1).T
-  assert rowwise(matrix(16, 8, "float32")).row(x) is None
+  assert rowwise(matrix(16, 8, "float32")).times(x) is None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -96,7 +96,7 @@ def lookup(
 def _flat(x: Array, w: Array | Rowwise) -> Array:
   """`x` [rows, in] times `w` [in..., out...], float32 [rows, out]."""
   if isinstance(w, Rowwise):
-    y = w.row(x) if len(x) == 1 else None
+    y = w.times(x)
     if y is not None:
       return y
     w = w.w

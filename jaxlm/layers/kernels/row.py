@@ -21,6 +21,7 @@ from flax import struct
 Array = jax.Array
 
 STRETCHES = (4, 2)  # into which a float32 matrix is cut, the first that fits
+FEW = 16  # rows for which that is faster
 PARTS = 8  # into which the inputs of a bfloat16 one are cut
 MOST = 48  # the same of a transposed one, at most: what is left is a vector
 LANES = 16  # numbers of a vector
@@ -76,14 +77,19 @@ class Rowwise:
     rows = self.bits.at[index].get(mode="clip")
     return jax.lax.bitcast_convert_type(rows, self.dtype)
 
-  def row(self, x: Array) -> Array | None:
-    """Maps one row `[1, in]` to `[1, out]`, float32; None where it cannot."""
+  def times(self, x: Array) -> Array | None:
+    """Maps rows `[rows, in]` to `[rows, out]`, float32.
+
+    None where the usual product is the best.
+    """
     if x.dtype != self.dtype:
       return None
-    if self.bits is not None:
+    if len(x) == 1 and self.bits is not None:
       return _by_parts(x, self.bits, self.turned)
     w = self.w.reshape(x.shape[1], -1)
-    return _by_outputs(x, w.T) if self.turned else _by_inputs(x, w)
+    if self.turned:
+      return _by_outputs(x, w.T)
+    return _by_inputs(x, w) if len(x) == 1 else None
 
 
 def _by_inputs(x: Array, w: Array) -> Array | None:
@@ -96,15 +102,21 @@ def _by_inputs(x: Array, w: Array) -> Array | None:
   return jax.lax.dot_general(x, w, (((2,), (1,)), ((0,), (0,)))).sum(0)
 
 
-def _by_outputs(x: Array, w: Array) -> Array | None:
-  """`x` [1, in] times the transpose of `w` [out, in], by stretches as well."""
+def _by_outputs(x: Array, w: Array) -> Array:
+  """`x` [rows, in] times the transpose of `w` [out, in].
+
+  Few rows of float32 by stretches of outputs. Else contracted as `w` lies: to
+  turn a bfloat16 matrix round first takes longer than to multiply it.
+  """
   cuts = [c for c in STRETCHES if len(w) % c == 0]
-  if not cuts:
-    return None
+  if w.dtype != jnp.float32 or len(x) > FEW or not cuts:
+    return jax.lax.dot_general(
+      x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+    )
   w = w.reshape(cuts[0], -1, x.shape[1])
   x = jnp.broadcast_to(x, (cuts[0], *x.shape))
-  y = jax.lax.dot_general(x, w, (((2,), (2,)), ((0,), (0,))))
-  return y.reshape(1, -1)
+  y = jax.lax.dot_general(w, x, (((2,), (2,)), ((0,), (0,))))
+  return y.reshape(-1, x.shape[1]).T
 
 
 def _by_parts(x: Array, bits: Array, turned: bool) -> Array | None:
