@@ -44,6 +44,8 @@ __all__ = [
 
 Array = jax.Array
 
+SMALL = 32  # width of a head up to which a CPU takes all heads as one
+
 
 def attend_reference(
   q: Array,
@@ -129,8 +131,9 @@ def attend_blocks(
   own = at.aligned and keys.aligned and q.shape[1] == k.shape[1]
   if plain and own and mask.causal:
     return attend_causal(q, k, v, mask, scale)
-  several, groups, width = q.shape[0] > 1, k.shape[2], v.shape[3]
-  if one := q.shape[1] == 1 and several and groups > 1 and q.shape[2] <= 16:
+  groups, width = k.shape[2], v.shape[3]
+  few = q.shape[0] > 1 and 1 < groups and q.shape[2] <= 16 and width <= SMALL
+  if one := q.shape[1] == 1 and few:
     q, k, v, moved = _as_one(q, k, v, moved)
   y = attend_reference(
     q,
