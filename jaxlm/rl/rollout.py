@@ -313,7 +313,7 @@ def _choose(
   """
   y = logits(model, params, state.x, compute)[:, 0]
   y = samplers.apply(draw.sampler.filters, y)
-  token = jnp.argmax(y + noise, axis=-1).astype(jnp.int32)
+  token = samplers.largest(y + noise)
   logp = -cross_entropy(y, token)[0]
   here = ~state.ended
   ended = state.ended | ((token == draw.eos) if draw.eos is not None else False)
