@@ -132,7 +132,7 @@ def attend_blocks(
   if plain and own and mask.causal:
     return attend_causal(q, k, v, mask, scale)
   groups, width = k.shape[2], v.shape[3]
-  few = q.shape[0] > 1 and 1 < groups and q.shape[2] <= 16 and width <= SMALL
+  few = q.shape[0] > 1 and groups > 1 and q.shape[2] <= 16 and width <= SMALL
   if one := q.shape[1] == 1 and few:
     q, k, v, moved = _as_one(q, k, v, moved)
   y = attend_reference(
