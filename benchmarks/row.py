@@ -24,6 +24,7 @@ def main() -> None:
   import jax
   import jax.numpy as jnp
 
+  from jaxlm.generate.loop import WHOLE_VECTORS
   from jaxlm.layers.kernels.row import rowwise
   from jaxlm.layers.linear import dot
 
@@ -53,7 +54,7 @@ def main() -> None:
     y = times(x, table.T)
     return x + 1e-3 * y[:, :DIM] + 1e-9 * jnp.max(y)
 
-  @jax.jit(compiler_options={"xla_cpu_prefer_vector_width": 512})
+  @jax.jit(compiler_options=WHOLE_VECTORS)
   def run(x, weights):
     step = layers if isinstance(weights, list) else head
     return jax.lax.fori_loop(0, TOKENS, lambda i, x: step(x, weights), x)

@@ -29,6 +29,11 @@ def matrix(n_in: int, n_out: int, dtype: str = "bfloat16") -> jax.Array:
   return x.astype(dtype)
 
 
+def transposed(w: jax.Array) -> Rowwise:
+  """The weight `w` as a tied head is: the transpose of what is stored."""
+  return rowwise(jnp.asarray(np.asarray(w).T.copy())).T
+
+
 def test_widen_is_exact():
   """All 65,536 patterns, infinities and NaN among them."""
   bits = jnp.arange(2**16, dtype=jnp.int32).astype(jnp.uint16)
@@ -51,8 +56,7 @@ def test_no_copy():
 def test_row_is_the_product(turned, dtype, n_in, n_out):
   """One row as by float32, whatever the shape; odd ones by the usual way."""
   w = matrix(n_in, n_out, dtype)
-  turn = rowwise(jnp.asarray(np.asarray(w).T.copy())).T
-  weight = turn if turned else rowwise(w)
+  weight = transposed(w) if turned else rowwise(w)
   x = matrix(n_in, 1, dtype).T
   assert (weight.times(x) is not None) or n_in != 256
   y = dot(x, weight, "bi,io->bo", dtype=jnp.float32)
@@ -65,8 +69,7 @@ def test_row_is_the_product(turned, dtype, n_in, n_out):
 def test_several_rows_meet_a_transposed_weight(dtype, rows):
   """As it lies, by stretches where rows are few."""
   w, x = matrix(48, 20, dtype), matrix(48, rows, dtype).T
-  turned = rowwise(jnp.asarray(np.asarray(w).T.copy())).T
-  y = dot(x, turned, "bi,io->bo", dtype=jnp.float32)
+  y = dot(x, transposed(w), "bi,io->bo", dtype=jnp.float32)
   want = np.asarray(x, np.float32) @ np.asarray(w, np.float32)
   np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
 

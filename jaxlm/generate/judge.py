@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxlm.generate.filters import Seen
-from jaxlm.generate.samplers import Greedy, Sample, apply
+from jaxlm.generate.samplers import Greedy, Sample, apply, drawn, largest
 
 Array = jax.Array
 
@@ -131,7 +131,7 @@ def distribution(
   if sampler.filters:
     scores = jax.vmap(one)(scores, text.tokens, text.end)
   if isinstance(sampler, Greedy):
-    best = jnp.argmax(scores, axis=-1)
+    best = largest(scores)
     return jax.nn.one_hot(best, scores.shape[-1], dtype=jnp.float32)
   return jax.nn.softmax(scores, axis=-1)
 
@@ -139,6 +139,5 @@ def distribution(
 def draw(sampler: Greedy | Sample, p: Array, keys: Array) -> Array:
   """Tokens int32 [rows] with probabilities `p` [rows, vocab]."""
   if isinstance(sampler, Greedy):
-    return jnp.argmax(p, axis=-1).astype(jnp.int32)
-  tokens = jax.vmap(jax.random.categorical)(keys, jnp.log(p))
-  return tokens.astype(jnp.int32)
+    return largest(p)
+  return jax.vmap(drawn)(jnp.log(p), keys)

@@ -27,6 +27,10 @@ from jaxlm.models.decoder import Decoder, logits
 Array = jax.Array
 Tree = Any
 
+# The whole vectors of a CPU that has them, where LLVM prefers halves of them:
+# one row alone is then 8 % faster. Other compilers pass over it.
+WHOLE_VECTORS = {"xla_cpu_prefer_vector_width": 512}
+
 
 @dataclass(frozen=True)
 class Method:
@@ -148,12 +152,7 @@ def first(
 
 
 @functools.partial(
-  jax.jit,
-  static_argnums=0,
-  donate_argnums=2,
-  # The whole vectors of a CPU that has them, where LLVM prefers halves of them:
-  # one row alone is then 8 % faster. Other compilers pass over it.
-  compiler_options={"xla_cpu_prefer_vector_width": 512},
+  jax.jit, static_argnums=0, donate_argnums=2, compiler_options=WHOLE_VECTORS
 )
 def extend(method: Method, given: Given, state: State, until: Array) -> State:
   """Adds tokens until `until` of them are new, or all rows have ended."""

@@ -66,8 +66,7 @@ class Sample:
   ) -> Array:
     """Tokens int32 [batch], rows independent of one another."""
     logits = apply(self.filters, logits, seen)
-    noise = jax.random.gumbel(key, logits.shape, logits.dtype)
-    return largest(logits + noise)
+    return drawn(logits, key)
 
 
 Sampler = Callable[[Array, Array, Seen | None], Array]
@@ -80,6 +79,14 @@ def apply(
   for keep in filters:
     logits = keep(logits, seen)
   return logits
+
+
+def drawn(logits: Array, key: Array) -> Array:
+  """A draw from softmax(logits `[..., n]`): `jax.random.categorical`'s own.
+
+  The largest of logits and Gumbel noise, here without `argmax`.
+  """
+  return largest(logits + jax.random.gumbel(key, logits.shape, logits.dtype))
 
 
 def largest(x: Array) -> Array:

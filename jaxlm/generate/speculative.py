@@ -57,7 +57,7 @@ from jaxlm.generate.judge import (
   verify,
 )
 from jaxlm.generate.prompts import Prompts, check
-from jaxlm.generate.samplers import Greedy, Sample
+from jaxlm.generate.samplers import Greedy, Sample, largest
 from jaxlm.generate.step import UNROLLED, forget, prefill
 from jaxlm.layers.at import At
 from jaxlm.layers.compute import Compute
@@ -420,7 +420,7 @@ def _judge(
       return p
     # Filters may forbid all that is open; the constraint is the stronger.
     fine = jnp.sum(jnp.where(open_, p, 0.0), axis=1, keepdims=True) > 0
-    best = jax.nn.one_hot(jnp.argmax(scores, 1), p.shape[1], dtype=p.dtype)
+    best = jax.nn.one_hot(largest(scores), p.shape[1], dtype=p.dtype)
     return jnp.where(fine, p, best)
 
   some = jnp.arange(x.shape[1], dtype=jnp.int32)

@@ -44,7 +44,7 @@ __all__ = [
 
 Array = jax.Array
 
-SMALL = 32  # width of a head up to which a CPU takes all heads as one
+FEW, SMALL = 16, 32  # heads and their width up to which a CPU takes all as one
 
 
 def attend_reference(
@@ -132,8 +132,8 @@ def attend_blocks(
   if plain and own and mask.causal:
     return attend_causal(q, k, v, mask, scale)
   groups, width = k.shape[2], v.shape[3]
-  few = q.shape[0] > 1 and groups > 1 and q.shape[2] <= 16 and width <= SMALL
-  if one := q.shape[1] == 1 and few:
+  small = q.shape[2] <= FEW and width <= SMALL
+  if one := len(q) > 1 and q.shape[1] == 1 and groups > 1 and small:
     q, k, v, moved = _as_one(q, k, v, moved)
   y = attend_reference(
     q,

@@ -94,11 +94,10 @@ class Rowwise:
 
 def _by_inputs(x: Array, w: Array) -> Array | None:
   """`x` [1, in] times `w` [in, out], a stretch of inputs after the other."""
-  n = x.shape[1]
-  cuts = [c for c in STRETCHES if n % c == 0]
-  if not cuts:
+  cuts = _cuts(len(w))
+  if cuts is None:
     return None
-  x, w = x.reshape(cuts[0], 1, -1), w.reshape(cuts[0], n // cuts[0], -1)
+  x, w = x.reshape(cuts, 1, -1), w.reshape(cuts, len(w) // cuts, -1)
   return jax.lax.dot_general(x, w, (((2,), (1,)), ((0,), (0,)))).sum(0)
 
 
@@ -108,15 +107,20 @@ def _by_outputs(x: Array, w: Array) -> Array:
   Few rows of float32 by stretches of outputs. Else contracted as `w` lies: to
   turn a bfloat16 matrix round first takes longer than to multiply it.
   """
-  cuts = [c for c in STRETCHES if len(w) % c == 0]
-  if w.dtype != jnp.float32 or len(x) > FEW or not cuts:
+  cuts = _cuts(len(w))
+  if w.dtype != jnp.float32 or len(x) > FEW or cuts is None:
     return jax.lax.dot_general(
       x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
     )
-  w = w.reshape(cuts[0], -1, x.shape[1])
-  x = jnp.broadcast_to(x, (cuts[0], *x.shape))
+  w = w.reshape(cuts, -1, x.shape[1])
+  x = jnp.broadcast_to(x, (cuts, *x.shape))
   y = jax.lax.dot_general(w, x, (((2,), (2,)), ((0,), (0,))))
   return y.reshape(-1, x.shape[1]).T
+
+
+def _cuts(n: int) -> int | None:
+  """Into how many stretches n inputs or outputs are cut."""
+  return next((c for c in STRETCHES if n % c == 0), None)
 
 
 def _by_parts(x: Array, bits: Array, turned: bool) -> Array | None:
